@@ -1,0 +1,29 @@
+"""The result: a plain Hugging Face checkpoint with its card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from lit_prune.export.describe import card_of
+
+
+class ExportCheckpoint(Callback):
+    """Merges adapters and writes the checkpoint when the fit ends; list it last.
+
+    Args:
+        folder: Where, under the run's folder.
+    """
+
+    def __init__(self, folder: str = "pruned") -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write it; a fit that had ended before, and is resumed, writes it again."""
+        pl_module.finish()
+        if trainer.is_global_zero:
+            out = Path(trainer.default_root_dir) / self.folder
+            pl_module.export(out, card_of(pl_module, out.name))
+        trainer.strategy.barrier("export")

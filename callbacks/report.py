@@ -1,0 +1,128 @@
+"""What was gained and lost: perplexity, size and speed, before and after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from lit_prune import evaluation
+from lit_prune.errors import UserError
+from lit_prune.report import build_report, model_entry, print_report, write_report
+from lit_prune.structure.counting import count_actual
+
+
+class GainLossReport(Callback):
+    """Measures the dense, the pruned and the recovered model, and writes ``report.json``.
+
+    Perplexity is that of the data module's validation windows. Speed is that of a forward pass,
+    the dense and the final model taking turns at the end. List it before the export, whose card
+    shows the table.
+
+    Args:
+        file: Name of the report in the run's folder.
+        rounds: Passes per model for the speed; 0 leaves it out.
+        length: Tokens of such a pass.
+    """
+
+    def __init__(self, file: str = "report.json", rounds: int = 5, length: int = 512) -> None:
+        self.file, self.rounds, self.length = file, rounds, length
+        self.models: dict[str, dict[str, Any]] = {}
+        self.notes: list[str] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured so far."""
+        return {"models": self.models, "notes": self.notes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what was measured before."""
+        self.models, self.notes = state_dict["models"], state_dict["notes"]
+
+    def on_before_cut(self, trainer: Trainer, pl_module: Any) -> None:
+        """Measure the dense model before it is changed for the first time."""
+        if pl_module.phase == "dense" and "dense" not in self.models:
+            self._measure(trainer, pl_module, "dense")
+
+    def on_after_cut(self, trainer: Trainer, pl_module: Any) -> None:
+        """Measure the model right after the cut."""
+        self._measure(trainer, pl_module, "pruned")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Measure the result, and write and print the report."""
+        pl_module.finish()
+        pl_module.to(trainer.strategy.root_device)
+        if "dense" not in self.models:
+            self._measure(trainer, pl_module, "dense")
+        if pl_module.adapter is not None:
+            self._measure(trainer, pl_module, "recovered")
+        if self.rounds and trainer.is_global_zero:
+            self._measure_speed(trainer, pl_module)
+        pl_module.report = self._report(trainer, pl_module)
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            write_report(pl_module.report, folder / self.file)
+            print_report(pl_module.report, folder, stock=pl_module.is_stock)
+
+    def _measure(self, trainer: Trainer, pl_module: Any, name: str) -> None:
+        model, structure = pl_module.model, pl_module.structure
+        batches = list(_data(trainer).val_dataloader())[trainer.global_rank :: trainer.world_size]
+        total, tokens = 0.0, 0
+        if batches:
+            text = f"perplexity of the {name} model" if trainer.is_global_zero else None
+            result = evaluation.perplexity(model, batches, progress=text)
+            total, tokens = result.nll * result.tokens, result.tokens
+        sums = torch.tensor([total, tokens], dtype=torch.float64, device=pl_module.device)
+        sums = trainer.strategy.reduce(sums, reduce_op="sum")
+        self.models[name] = model_entry(
+            perplexity=float((sums[0] / sums[1]).exp()),
+            parameters=count_actual(model, structure),
+            decoder_parameters=count_actual(model, structure, decoder=True),
+            weight_bytes=evaluation.weight_bytes(model),
+        )
+
+    def _measure_speed(self, trainer: Trainer, pl_module: Any) -> None:
+        try:
+            dense = pl_module.require_teacher()
+        except UserError:  # a model given in memory; its dense form is gone
+            self.notes.append("speed was not measured: the dense model is not at hand any more")
+            return
+        tokens = next(iter(_data(trainer).val_dataloader()))["input_ids"][:1, : self.length]
+        models = {"dense": dense, "final": pl_module.model}
+        speeds = evaluation.throughput(models, tokens, self.rounds)
+        for name, entry in self.models.items():  # recovery leaves the pruned model's shapes
+            speed = speeds["dense" if name == "dense" else "final"]
+            entry["tokens_per_second"] = evaluation.median_speed(speed)
+
+    def _report(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+        data = _data(trainer)
+        last = pl_module.history[-1] if pl_module.history else {}
+        speed = f"median of {self.rounds} forward passes of {self.length} tokens, taking turns"
+        return build_report(
+            protocol={
+                **data.protocol(),
+                "dtype": str(pl_module.model.dtype).removeprefix("torch."),
+                "recovery_steps": trainer.global_step,
+                "recovery_batch": f"{data.batch_size} x {data.length}",
+                "speed": speed if self.rounds else "not measured",
+                "threads": torch.get_num_threads(),
+                "device": str(trainer.strategy.root_device),
+            },
+            sparsity=last.get("sparsity", {"target": 0.0, "decoder": 0.0, "total": 0.0}),
+            models=self.models,
+            seconds=pl_module.seconds,
+            method=last.get("method", "none"),
+            options=last.get("options"),
+            warnings=self.notes,
+        )
+
+
+def _data(trainer: Trainer) -> Any:
+    data: Any = getattr(trainer, "datamodule", None)
+    if not hasattr(data, "protocol"):
+        raise UserError(
+            "expected a data module with protocol() for the report, got "
+            f"{type(data).__name__}; use lit_prune.TextDataModule or add that method"
+        )
+    return data

@@ -1,0 +1,173 @@
+"""How much goes where: a target sparsity turned into units to remove from each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_prune.errors import UserError
+from lit_prune.structure.counting import count
+from lit_prune.structure.layout import Widths
+from lit_prune.structure.model import Label
+
+#: A target is refused if the nearest that can be reached is further away.
+TOLERANCE = 0.02
+
+#: Whole heads are coarse, so they are rounded first and channels make up the difference.
+_ORDER = ("group", "query", "value", "channel")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Units to remove.
+
+    Attributes:
+        removed: For each axis the number to remove from each layer (of every group for `query`).
+        sparsity: Share of the decoder's parameters that goes.
+    """
+
+    removed: dict[str, list[int]]
+    sparsity: float
+
+
+@dataclass
+class _Axis:
+    """An axis in every layer: units that can go, and parameters that go with each."""
+
+    name: str
+    units: list[int]
+    costs: list[int]
+
+    def spread(self, ratio: float) -> list[int]:
+        """Round a ratio of every layer's units, remainders evenly over the layers."""
+        result, exact, taken = [], 0.0, 0
+        for units in self.units:
+            exact += ratio * (units + 1 if units else 0)
+            removed = min(max(round(exact) - taken, 0), units)
+            taken += removed
+            result.append(removed)
+        return result
+
+    def weight(self, removed: Sequence[int]) -> int:
+        """Parameters that go with some units."""
+        return sum(n * cost for n, cost in zip(removed, self.costs, strict=True))
+
+    def size(self) -> float:
+        """Parameters of all units, the last of each layer included."""
+        return sum((n + 1 if n else 0) * c for n, c in zip(self.units, self.costs, strict=True))
+
+
+def uniform(
+    labels: Sequence[Label],
+    widths: Widths,
+    sparsity: float,
+    axes: Sequence[str],
+    *,
+    protected: Sequence[int] = (),
+    stock: bool = False,
+) -> Plan:
+    """Remove the same share of every layer's units so that the whole decoder meets a target.
+
+    Args:
+        labels: Labels of the model's parameters, each parameter once.
+        widths: Present sizes of its axes.
+        sparsity: Share of the decoder's parameters to remove, in [0, 1).
+        axes: What may be cut.
+        protected: Layers that stay whole; the others' share rises.
+        stock: The same number from every layer, so that one config number can express it.
+
+    Raises:
+        UserError: An axis or layer is unknown, or the target is out of reach.
+    """
+    _check(widths, sparsity, axes, protected, stock)
+    table = [_axis(labels, widths, axis, protected) for axis in _ORDER if axis in axes]
+    total = count(labels, widths, decoder=True)
+    most = sum(axis.weight(axis.units) for axis in table)
+    remaining, removed = sparsity * total, {}
+    for place, axis in enumerate(table):
+        ratio = remaining / max(sum(rest.size() for rest in table[place:]), 1)
+        if stock:
+            same = min(round(ratio * (axis.units[0] + 1)), axis.units[0])
+            removed[axis.name] = [same] * len(axis.units)
+        else:
+            removed[axis.name] = axis.spread(ratio)
+            if place == len(table) - 1:
+                _settle(axis, removed[axis.name], remaining)
+        remaining -= axis.weight(removed[axis.name])
+    reached = sparsity - remaining / total
+    if abs(reached - sparsity) > TOLERANCE:
+        raise UserError(
+            f"expected a sparsity that cutting {' and '.join(axes)} can reach, got {sparsity:g}; "
+            f"the nearest is {reached:.3f} and the most is {most / total:.3f} of the decoder's "
+            f"parameters; choose that, or cut more axes"
+        )
+    return Plan(removed, reached)
+
+
+def _check(
+    widths: Widths, sparsity: float, axes: Sequence[str], protected: Sequence[int], stock: bool
+) -> None:
+    if not 0 <= sparsity < 1:
+        raise UserError(f"expected a sparsity from 0 to below 1, got {sparsity:g}")
+    if not axes:
+        raise UserError("expected at least one axis to cut, got none")
+    for axis in axes:
+        if axis not in _ORDER:
+            raise UserError(f"expected axes out of {', '.join(_ORDER)}, got {axis!r}")
+    for layer in protected:
+        if not 0 <= layer < len(widths.layers):
+            raise UserError(
+                f"expected protected layers from 0 to {len(widths.layers) - 1}, got {layer}"
+            )
+    if stock and protected:
+        raise UserError(
+            "expected no protected layers under --stock, since one config number holds the width "
+            f"of all layers, got {list(protected)}; leave out one of the two"
+        )
+
+
+def _axis(
+    labels: Sequence[Label], widths: Widths, name: str, protected: Sequence[int]
+) -> _Axis:
+    units, costs = [], []
+    for layer, sizes in enumerate(widths.layers):
+        free = 0 if layer in protected else sizes[name] - 1
+        less = widths.copy()
+        less.layers[layer][name] -= 1
+        own = [label for label in labels if label.layer == layer]
+        units.append(free)
+        costs.append(count(own, widths) - count(own, less))
+    return _Axis(name, units, costs)
+
+
+def _settle(axis: _Axis, removed: list[int], goal: float) -> None:
+    """Move single units until the parameters that go are within half a unit of the goal."""
+    while True:
+        rest = goal - axis.weight(removed)
+        step = 1 if rest > 0 else -1
+        free = [
+            layer
+            for layer, cost in enumerate(axis.costs)
+            if abs(rest) > cost / 2 and 0 <= removed[layer] + step <= axis.units[layer]
+        ]
+        if not free:
+            return
+        layer = max(free, key=lambda i: step * (axis.units[i] - removed[i]))
+        removed[layer] += step
+
+
+def keep_highest(scores: Tensor, removed: int) -> Tensor:
+    """Indices of the units that stay when those with the lowest scores go.
+
+    Args:
+        scores: [units], or [groups, units] to choose in each group alone.
+        removed: How many go, from each group if there are groups.
+
+    Returns:
+        Ascending indices [kept] or [groups, kept].
+    """
+    order = scores.argsort(dim=-1, stable=True)
+    return torch.sort(order[..., removed:], dim=-1).values

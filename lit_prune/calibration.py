@@ -1,0 +1,214 @@
+"""Calibration tokens on their way through a model, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.structure.model import Structure
+
+
+class _Stop(Exception):
+    """Raised by a hook once a forward pass has gone far enough."""
+
+
+class Stream:
+    """The hidden states of calibration batches before some layer, and how layers are called.
+
+    Only the stream itself is kept: a [batch, tokens, hidden] tensor for each batch, in the model's
+    dtype. Masks and position embeddings are held once where batches share them.
+
+    Args:
+        model: A causal language model.
+        structure: Its structure.
+        batches: Batches with `input_ids` and `attention_mask`, [batch, tokens]; may be empty.
+    """
+
+    def __init__(
+        self, model: nn.Module, structure: Structure, batches: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        self.layers = structure.layers(model)
+        self.hidden: list[Tensor] = []
+        self.tokens: list[Tensor | None] = []
+        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._played: list[Any] = []
+        for batch in batches:
+            self._enter(model, batch)
+
+    @torch.no_grad()
+    def _enter(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        """Run a batch up to the first layer, and record each layer's other arguments."""
+        device = next(model.parameters()).device
+        mask = batch["attention_mask"].to(device).bool()
+        full = bool(mask.all())
+        inputs = {
+            "input_ids": batch["input_ids"].to(device),
+            "attention_mask": None if full else mask.long(),
+            "use_cache": False,
+        }
+        base: Any = getattr(model, str(model.base_model_prefix))
+        as_tuple = _returns_tuple(base, self.layers[0], inputs)
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if not calls:
+                self.hidden.append(hidden)
+            rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+            calls.append((args[1:], rest))
+            return (hidden, None) if as_tuple else hidden
+
+        with _forwards(dict.fromkeys(self.layers, record)):
+            base(**inputs)
+        if self._calls:
+            calls = [_share(new, old) for new, old in zip(calls, self._calls[-1], strict=True)]
+        self._calls.append(calls)
+        self.tokens.append(None if full else mask.flatten())
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self.hidden)
+
+    def _run(self, layer: int, batch: int) -> Tensor:
+        args, kwargs = self._calls[batch][layer]
+        output = self.layers[layer](self.hidden[batch], *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def observe(
+        self,
+        layer: int,
+        reader: nn.Module,
+        see: Callable[[Tensor], None],
+        *,
+        record: nn.Module | None = None,
+    ) -> None:
+        """Show a module's inputs to a function, batch by batch; the stream stays where it is.
+
+        Args:
+            layer: The layer to run.
+            reader: A module in it; nothing behind it is computed.
+            see: Gets [tokens, features], without padded tokens.
+            record: A module whose outputs `advance` shall play back instead of computing them
+                again. It must come before `reader`.
+        """
+        self._played = []
+        for batch, tokens in enumerate(self.tokens):
+
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                x = args[0].flatten(0, -2)
+                see(x if tokens is None else x[tokens])  # noqa: B023 - used in this turn only
+                raise _Stop
+
+            with _hooked(reader, hook), self._recording(record):
+                try:
+                    self._run(layer, batch)
+                except _Stop:
+                    continue
+                raise RuntimeError(f"layer {layer} did not call {type(reader).__name__}")
+
+    @contextmanager
+    def _recording(self, module: nn.Module | None) -> Iterator[None]:
+        if module is None:
+            yield
+            return
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            # attention weights, if there are any, are not kept
+            self._played.append((output[0], None) if isinstance(output, tuple) else output)
+
+        handle = module.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def advance(self, layer: int, *, play: nn.Module | None = None) -> None:
+        """Move the stream through a layer.
+
+        Args:
+            layer: The layer.
+            play: A module whose recorded outputs are used instead of running it.
+        """
+        for batch in range(len(self)):
+            if play is None:
+                self.hidden[batch] = self._run(layer, batch)
+                continue
+            stored = self._played[batch]
+
+            def player(*args: Any, **kwargs: Any) -> Any:
+                return stored  # noqa: B023 - used in this turn only
+
+            with _forwards({play: player}):
+                self.hidden[batch] = self._run(layer, batch)
+        self._played = []
+        for calls in self._calls:
+            calls[layer] = ((), {})
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and every module back into its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _returns_tuple(base: Any, layer: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Whether a family's layers return a tuple; a few tokens tell."""
+    seen: list[bool] = []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(isinstance(output, tuple))
+        raise _Stop
+
+    handle = layer.register_forward_hook(hook)
+    try:
+        base(input_ids=inputs["input_ids"][:1, :2], use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Replace modules' forward functions for a while."""
+    for module, function in replacements.items():
+        module.forward = function
+    try:
+        yield
+    finally:
+        for module in replacements:
+            del module.forward
+
+
+def _share(new: Any, old: Any) -> Any:
+    """The old value where the new one is equal, so that it is in memory once."""
+    if isinstance(new, Tensor) and isinstance(old, Tensor):
+        same = new is old or (new.shape == old.shape and torch.equal(new, old))
+        return old if same else new
+    if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
+        return tuple(_share(a, b) for a, b in zip(new, old, strict=True))
+    if isinstance(new, dict) and isinstance(old, dict):
+        return {key: _share(value, old.get(key)) for key, value in new.items()}
+    return new

@@ -1,0 +1,1 @@
+"""The command line: a light front, then LightningCLI with this project's manners."""

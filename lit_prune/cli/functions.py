@@ -1,0 +1,76 @@
+"""Commands that are plain functions: their signature is their command line."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lit_prune.cli.guard import guarded
+
+
+def run_command(module: str, function: str, argv: Sequence[str], name: str) -> int:
+    """Import a function and run it as a command.
+
+    Args:
+        module: The function's module.
+        function: Its name.
+        argv: The arguments.
+        name: The command's name.
+
+    Returns:
+        The exit code.
+    """
+
+    def action() -> None:
+        call_function(getattr(importlib.import_module(module), function), argv, name)
+
+    return guarded(action)
+
+
+def run_function(function: Callable[..., Any], argv: Sequence[str], name: str) -> int:
+    """Run a function as a command, see `call_function`.
+
+    Args:
+        function: The function; what it returns is ignored.
+        argv: The arguments.
+        name: The command's name.
+
+    Returns:
+        The exit code.
+    """
+    return guarded(lambda: call_function(function, argv, name))
+
+
+def call_function(function: Callable[..., Any], argv: Sequence[str], name: str) -> Any:
+    """Call a function with arguments parsed by its signature.
+
+    Parameters without a default are positional on the command line unless they are keyword-only.
+
+    Args:
+        function: The function, annotated and with a Google docstring.
+        argv: The arguments.
+        name: The command's name.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        UserError: The arguments don't fit.
+    """
+    from lit_prune.cli.parser import OneLineErrors
+
+    parameters = list(inspect.signature(function).parameters.values())
+    options: set[str | int] = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    positionals: set[str | int] = {p.name for p in parameters if p.name not in options}
+    parser = OneLineErrors(
+        prog=f"lit-prune {name}", description=(inspect.getdoc(function) or "").split("\n\n")[0]
+    )
+    for others, positional in ((options, True), (positionals, False)):
+        parser.add_function_arguments(
+            function, as_group=False, as_positional=positional, skip=others
+        )
+    config = parser.parse_args(list(argv))
+    values = parser.instantiate(config)
+    return function(**{parameter.name: values[parameter.name] for parameter in parameters})

@@ -1,0 +1,127 @@
+"""How a command ends: one line and a code for what the user can mend, a traceback for a bug."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+from lit_prune.errors import UserError
+
+OK, BUG, USER_ERROR, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+_FULL = {errno.ENOSPC: "disk full", errno.EFBIG: "file too large", errno.EDQUOT: "quota exceeded"}
+# Writers in Rust and C++ hand on the same failures as text only.
+_FULL_TEXTS = ("No space left on device", "os error 28", "os error 27", "os error 122")
+_PATIENCE = 3.0
+
+
+def is_rank_zero() -> bool:
+    """Tell whether this process is the first of its run, before any process group exists."""
+    env = os.environ
+    if "RANK" in env:
+        return int(env["RANK"]) == 0
+    names = ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return all(int(env.get(name) or 0) == 0 for name in names)
+
+
+def say(message: str) -> None:
+    """Print one line on stderr."""
+    sys.stderr.write(f"lit-prune: {' '.join(message.split())}\n")
+    sys.stderr.flush()
+
+
+def guarded(action: Callable[[], None]) -> int:
+    """Run a command and turn whatever it raises into an exit code.
+
+    Args:
+        action: The command.
+
+    Returns:
+        0, or 2 after one line about a mistake of the user's, 130 or 143 when it was interrupted or
+        terminated, 1 after the traceback of anything else.
+    """
+    parent = os.getppid()
+    try:
+        action()
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as end:
+        return _exit_code(end)
+    except BaseException as error:
+        message = user_message(error)
+        if message is None:
+            traceback.print_exc()
+            return BUG
+        if is_rank_zero() or not _parent_ended(parent):
+            say(f"error: {message}")
+        return USER_ERROR
+    return OK
+
+
+def user_message(error: BaseException) -> str | None:
+    """Find what the user can be told instead of a traceback.
+
+    Args:
+        error: Anything raised.
+
+    Returns:
+        The message, or None for a bug.
+    """
+    for link in _causes(error):
+        if isinstance(link, UserError):
+            return str(link)
+        # By name: this module must not import Lightning.
+        if any(base.__name__ == "MisconfigurationException" for base in type(link).__mro__):
+            return str(link)
+        full = _disk_full(link)
+        if full is not None:
+            return full
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _disk_full(error: BaseException) -> str | None:
+    if isinstance(error, OSError) and error.errno in _FULL:
+        what, name = _FULL[error.errno], error.filename
+    elif any(text in str(error) for text in _FULL_TEXTS):
+        what, name = "disk full", None
+    else:
+        return None
+    where = f"while writing {name}" if name else f"while writing ({error})"
+    return f"{what} {where}: free some space or choose another --trainer.default_root_dir"
+
+
+def _exit_code(end: SystemExit) -> int:
+    if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's answer to Ctrl-C
+        return _interrupted()
+    if type(end).__name__ == "SIGTERMException":
+        say("terminated; an interrupted run goes on with --ckpt_path last")
+        return TERMINATED
+    if end.code is None or isinstance(end.code, int):
+        return end.code or OK
+    say(str(end.code))
+    return BUG
+
+
+def _interrupted() -> int:
+    if is_rank_zero():
+        say("interrupted; a run that has a checkpoint goes on with --ckpt_path last")
+    return INTERRUPTED
+
+
+def _parent_ended(parent: int) -> bool:
+    """Wait for the launching process: if it failed too it has said why, once is enough."""
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        if os.getppid() != parent:
+            return True
+        time.sleep(0.05)
+    return False

@@ -1,0 +1,225 @@
+"""LightningCLI with this project's defaults, run folder and manners."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+import lit_prune
+from lit_prune.cli.parser import OneLineErrors
+from lit_prune.cli.results import print_metrics, print_predictions
+from lit_prune.cli.runfolder import RunFolder, find_checkpoint
+from lit_prune.cli.saving import AtomicCheckpointIO, RunConfigCallback
+from lit_prune.errors import UserError
+
+DEFAULT_FOLDER = "lit-prune-run"
+_DESCRIPTIONS = {
+    "fit": "Prune a model, repair it, export it and report, all in one fit. Results go to "
+    f"--trainer.default_root_dir, ./{DEFAULT_FOLDER} when it is not given.",
+    "validate": "Measure --model.pretrained on the validation text.",
+    "test": "Measure --model.pretrained on the test text.",
+    "predict": "Run --model.pretrained on the prediction text.",
+}
+_TRAINER_DEFAULTS = {
+    "default_root_dir": DEFAULT_FOLDER,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+_LIBRARIES = r"(torch|lightning|transformers|peft|datasets|jsonargparse|torchdata)(\.|$)"
+
+
+class PruneArgumentParser(OneLineErrors, LightningArgumentParser):
+    """Lightning's parser with complaints of one line."""
+
+
+class PruneCLI(LightningCLI):
+    """Runs one subcommand on a model and a data module, given as classes.
+
+    Args:
+        model_class: The LightningModule.
+        datamodule_class: The LightningDataModule.
+        args: The subcommand and its arguments.
+    """
+
+    folder: RunFolder | None = None
+
+    def __init__(
+        self,
+        model_class: type[LightningModule],
+        datamodule_class: type[LightningDataModule],
+        args: ArgsType = None,
+    ) -> None:
+        mark = f"lit_prune=={lit_prune.__version__}"
+        commands: dict[str, Any] = {
+            name: {"description": text, "dump_header": [mark]}
+            for name, text in _DESCRIPTIONS.items()
+        }
+        super().__init__(
+            model_class,
+            datamodule_class,
+            save_config_callback=RunConfigCallback,
+            trainer_defaults=_TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_kwargs={"prog": "lit-prune", "dump_header": [mark], **commands},
+            parser_class=PruneArgumentParser,
+            args=args,
+            auto_configure_optimizers=False,
+        )
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            flags = {
+                "--no-recovery": "stop after the cut: no training",
+                "--overwrite": "replace the run that the folder holds",
+                "--stock": "choose only what the stock config can express (model.stock)",
+            }
+            for flag, text in flags.items():
+                parser.add_argument(flag, action="store_true", help=text)
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, then settle what the shorthands mean."""
+        if isinstance(args, Sequence):
+            self.config = parser.parse_args(list(args))  # Lightning's own warns about sys.argv
+        else:
+            super().parse_arguments(parser, args)
+        command = self.config.subcommand
+        config = self.config[command]
+        if command == "fit":
+            if config.no_recovery:
+                config.trainer.max_steps = 0
+            if config.stock:
+                config.model.stock = True
+            self.folder = RunFolder(
+                config.trainer.default_root_dir,
+                overwrite=config.overwrite,
+                ckpt_path=config.ckpt_path,
+            )
+            config.ckpt_path = self.folder.ckpt_path
+        else:
+            _find_for_reading(config)
+
+    def _parse_ckpt_path(self) -> None:
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        try:
+            super()._parse_ckpt_path()
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"expected a whole Lightning checkpoint as --ckpt_path, got {path}, which cannot "
+                "be read: give an older one, or --overwrite to start anew"
+            ) from error
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        fits = self.subcommand == "fit"
+        root = Path(config["default_root_dir"]).expanduser()
+        if config.get("logger") in (None, True):
+            config["logger"] = CSVLogger(root, name="logs") if fits else False
+        given = config.get("callbacks") or []
+        config["callbacks"] = given if isinstance(given, list) else [given]
+        if config.get("max_steps") == 0:
+            config["callbacks"] = [
+                callback
+                for callback in config["callbacks"]
+                if not getattr(callback, "is_recovery", False)
+            ]
+        if fits and config.get("enable_checkpointing") is not False:
+            _place_checkpoints(config["callbacks"], root / "checkpoints")
+        try:
+            trainer = super()._instantiate_trainer(config, callbacks)
+        except (ValueError, TypeError) as error:  # nothing but the options has been looked at
+            raise UserError(
+                f"expected options that Lightning's Trainer accepts: {error}"
+            ) from error
+        strategy = trainer.strategy
+        plain = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+        if plain and type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self.folder is None:
+            super()._run_subcommand(subcommand)
+            return
+        with self.folder:
+            super()._run_subcommand(subcommand)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Measure on the validation text and print what was measured."""
+        print_metrics("validate", self.trainer.validate(**{**kwargs, "verbose": False}))
+
+    def test(self, **kwargs: Any) -> None:
+        """Measure on the test text and print what was measured."""
+        print_metrics("test", self.trainer.test(**{**kwargs, "verbose": False}))
+
+    def predict(self, **kwargs: Any) -> None:
+        """Run on the prediction text and print what came out."""
+        print_predictions(self.trainer.predict(**kwargs))
+
+
+def run(args: Sequence[str]) -> None:
+    """Run a subcommand of the trainer.
+
+    Args:
+        args: The subcommand and its arguments.
+
+    Raises:
+        UserError: A mistake in what was asked.
+    """
+    from lit_prune.data import TextDataModule
+    from lit_prune.module import PrunableLM
+
+    quiet()
+    PruneCLI(PrunableLM, TextDataModule, list(args))
+
+
+def quiet() -> None:
+    """Silence advice of the libraries that a user of this command can do nothing about."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
+
+
+def _find_for_reading(config: Any) -> None:
+    """Resolve the checkpoint that validate, test or predict shall read."""
+    folder, wanted = Path(config.trainer.default_root_dir), config.ckpt_path
+    config.ckpt_path = find_checkpoint(folder, wanted)
+    if wanted and not config.ckpt_path:
+        raise UserError(
+            f"expected {folder}/checkpoints/last.ckpt, which does not exist: name the run's folder "
+            "with --trainer.default_root_dir"
+        )
+
+
+def _place_checkpoints(callbacks: list[Callback], folder: Path) -> None:
+    """Send checkpoints that name no folder to the run's, and make some if none are asked for."""
+    found = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+    for callback in found:
+        if callback.dirpath is None:
+            callback.dirpath = str(folder.resolve())
+    if not found:
+        callbacks.append(
+            ModelCheckpoint(
+                folder,
+                save_last=True,
+                save_top_k=0,
+                every_n_train_steps=50,
+                enable_version_counter=False,
+            )
+        )

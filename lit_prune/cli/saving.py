@@ -1,0 +1,110 @@
+"""What the command line writes into a run's folder: the configuration and Lightning checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+# Shorthands of the command line: what they did is in the other keys, and a configuration that
+# overwrites or resumes by itself would be a trap.
+COMMAND_LINE_ONLY = ("overwrite", "no_recovery", "stock", "ckpt_path")
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears under its name only when all of it is written.
+
+    Args:
+        path: Where the file goes; its folder exists.
+
+    Yields:
+        The open file.
+    """
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failed write does not say where
+        raise
+
+
+class RunConfigCallback(SaveConfigCallback):
+    """Writes `config.yaml` into the run's folder when a fit starts.
+
+    The stock callback aborts where the file exists, which it does on every resume.
+    """
+
+    def __init__(
+        self,
+        parser: LightningArgumentParser,
+        config: Namespace,
+        config_filename: str = "config.yaml",
+        overwrite: bool = True,
+        multifile: bool = False,
+        save_to_log_dir: bool = False,
+    ) -> None:
+        super().__init__(parser, config, config_filename, overwrite, multifile, save_to_log_dir)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file, in a fit only."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file; Lightning calls this on the first rank only."""
+        config = self.config.clone()
+        for key in COMMAND_LINE_ONLY:
+            config.pop(key, None)
+        text = self.parser.dump(config, skip_none=False, skip_validation=True)
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / self.config_filename) as file:
+            file.write(text.encode())
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there.
+
+    Lightning's own goes through the system's temporary folder: from another file system the move is
+    a copy, and a kill leaves a truncated `last.ckpt`, which nothing can resume from.
+    """
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        path: str | Path,
+        storage_options: Any | None = None,
+    ) -> None:
+        """Write a checkpoint.
+
+        Args:
+            checkpoint: What to save.
+            path: Where; an address that is no local path is left to Lightning.
+            storage_options: Refused by Lightning.
+        """
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Through memory: torch.save aborts the process when its file fails under it.
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        with atomic_write(target) as file:
+            file.write(buffer.getbuffer())

@@ -1,0 +1,51 @@
+"""What a module can say of its model for the card of the checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lit_prune.card import model_card
+from lit_prune.report import load_lines
+
+
+def card_of(module: Any, name: str) -> str:
+    """The model card of a `PrunableLM`.
+
+    Args:
+        module: The module, finished.
+        name: The checkpoint's name in the lines that load it.
+    """
+    last = module.history[-1] if module.history else {}
+    return model_card(
+        module.report,
+        [*module.lineage, *module.history[:-1]],
+        module.pretrained,
+        {
+            "name": last.get("method", "none"),
+            "options": last.get("options", {}),
+            "widths": widths_summary(module.layout),
+        },
+        load_lines(name, stock=module.is_stock),
+        module.is_stock,
+        license=getattr(module.model.config, "license", None),
+    )
+
+
+def widths_summary(layout: Any) -> dict[str, dict[str, Any]]:
+    """Widths before and after for the axes that were cut: axis -> {"dense", "kept"}."""
+    before, after = layout.of, layout.widths()
+    summary: dict[str, dict[str, Any]] = {}
+    for axis in ("channel", "group", "query", "value"):
+        dense = [sizes[axis] for sizes in before.layers]
+        kept = [sizes[axis] for sizes in after.layers]
+        if dense != kept:
+            summary[axis] = {"dense": _short(dense), "kept": _short(kept)}
+    if before.shared["hidden"] != after.shared["hidden"]:
+        summary["hidden"] = {"dense": before.shared["hidden"], "kept": after.shared["hidden"]}
+    if len(before.layers) != len(after.layers):
+        summary["layer"] = {"dense": len(before.layers), "kept": len(after.layers)}
+    return summary
+
+
+def _short(values: list[int]) -> int | list[int]:
+    return values[0] if len(set(values)) == 1 else values

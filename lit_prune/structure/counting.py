@@ -1,0 +1,80 @@
+"""Parameters and multiply-accumulates, exact for widths, differentiable for expected widths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lit_prune.structure.layout import Widths
+from lit_prune.structure.model import Label, Structure
+
+
+def unique_labels(model: nn.Module, structure: Structure) -> list[Label]:
+    """The labels of a model's parameters, each tied tensor once."""
+    owners: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), name)
+    first = set(owners.values())
+    return [label for label in structure.labels(model) if label.name in first]
+
+
+def count(labels: Iterable[Label], widths: Widths, *, decoder: bool = False) -> Any:
+    """Number of parameters at given widths.
+
+    Args:
+        labels: Labels of a model, each parameter once.
+        widths: Sizes of its axes, for the layers that the labels name; tensors are allowed.
+        decoder: Count the decoder layers only.
+
+    Returns:
+        An integer, or a tensor [] that can be differentiated by the sizes.
+    """
+    total: Any = 0
+    for label in labels:
+        if decoder and label.layer is None:
+            continue
+        sizes = widths.sizes(label.layer)
+        total = total + math.prod(dim.size(sizes) for dim in label.dims)
+    return total
+
+
+def count_actual(model: nn.Module, structure: Structure, *, decoder: bool = False) -> int:
+    """Number of parameters that a model has, each tied tensor once."""
+    module = structure.layers(model) if decoder else model
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def renumbered(labels: Iterable[Label], kept: Sequence[int]) -> list[Label]:
+    """The labels that are left, with their new layer numbers, when only some layers are kept."""
+    numbers = {old: new for new, old in enumerate(kept)}
+    return [
+        label if label.layer is None else replace(label, layer=numbers[label.layer])
+        for label in labels
+        if label.layer is None or label.layer in numbers
+    ]
+
+
+def count_macs(model: nn.Module, structure: Structure, widths: Widths, length: int = 0) -> Any:
+    """Multiply-accumulates of one token's forward pass.
+
+    Args:
+        model: A model of this structure; it only says which modules there are.
+        structure: Its structure.
+        widths: Sizes of its axes, with the structure's number of layers; tensors are allowed.
+        length: Tokens in the context that attention looks at; 0 leaves attention scores out.
+    """
+    total: Any = 0
+    for site in structure.sites(model):
+        module = model.get_submodule(site.path)
+        if site.line.reads is not None and not isinstance(module, nn.Embedding):
+            sizes = widths.sizes(site.layer)
+            total = total + site.line.reads.size(sizes) * site.line.writes.size(sizes)
+    for layer in range(len(widths.layers)):
+        sizes = widths.sizes(layer)
+        heads = sizes["group"] * sizes["query"]
+        total = total + length * heads * (sizes["head_dim"] + sizes["value"])
+    return total

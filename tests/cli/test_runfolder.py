@@ -1,0 +1,243 @@
+"""A run's folder is refused, resumed, replaced, and left as found when the run fails."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lit_prune.cli.runfolder import ASIDE, RunFolder, is_run_entry, worth_keeping
+from lit_prune.errors import UserError
+
+_CONFIG = "# lit_prune==0.1.0\n"
+
+
+@pytest.fixture(autouse=True)
+def _single_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def listing(path: Path) -> dict[str, str | None]:
+    """Every file with its text, and every folder."""
+    return {
+        str(child.relative_to(path)): child.read_text() if child.is_file() else None
+        for child in sorted(path.rglob("*"))
+    }
+
+
+def write(folder: Path, *names: str, text: str = "old") -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(_CONFIG if name == "config.yaml" else text)
+
+
+def fail(folder: Path, *writes: str, **arguments: object) -> None:
+    """Run, write some files, fail."""
+
+    def training() -> None:
+        write(folder, *writes, text="new")
+        raise ZeroDivisionError
+
+    run = RunFolder(folder, **arguments)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ZeroDivisionError), run:
+        training()
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "checkpoints/last.ckpt", "pruned/x", "report.json", "logs/x"]
+)
+def test_refuses_a_folder_that_holds_a_run(tmp_path: Path, name: str) -> None:
+    write(tmp_path, name, "notes.txt")
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match=rf"holds a run \({name.split('/')[0]}\).*--overwrite"):
+        RunFolder(tmp_path)
+    assert listing(tmp_path) == before
+
+
+def test_takes_a_folder_with_other_things(tmp_path: Path) -> None:
+    write(tmp_path, "notes.txt", "reports/x")
+    with RunFolder(tmp_path) as run:
+        write(tmp_path, "config.yaml")
+    assert run.ckpt_path is None
+    assert set(listing(tmp_path)) == {"notes.txt", "reports", "reports/x", "config.yaml"}
+
+
+def test_a_failed_run_removes_the_folders_it_made(tmp_path: Path) -> None:
+    fail(tmp_path / "a" / "b", "config.yaml", "logs/version_0/metrics.csv", "anything")
+    assert listing(tmp_path) == {}
+
+
+def test_a_failed_run_leaves_a_folder_as_it_was(tmp_path: Path) -> None:
+    write(tmp_path, "notes.txt")
+    before = listing(tmp_path)
+    fail(
+        tmp_path,
+        "config.yaml",
+        "logs/x",
+        "checkpoints/x.tmp",
+        ".pruned.tmp7/model",
+        ".report.json.3",
+    )
+    assert listing(tmp_path) == before
+
+
+def test_never_touches_what_is_not_a_runs(tmp_path: Path) -> None:
+    write(tmp_path, "notes.txt")
+    fail(tmp_path, "config.yaml", "train.log", "config.yaml.bak")
+    assert set(listing(tmp_path)) == {"notes.txt", "train.log", "config.yaml.bak"}
+
+
+@pytest.mark.parametrize("result", ["checkpoints/last.ckpt", "pruned/model"])
+def test_a_failed_run_keeps_what_is_worth_keeping(tmp_path: Path, result: str) -> None:
+    fail(tmp_path / "run", "config.yaml", result)
+    assert {"config.yaml", result} <= set(listing(tmp_path / "run"))
+
+
+def test_overwrite_replaces_a_run_on_success(tmp_path: Path) -> None:
+    write(tmp_path, "config.yaml", "pruned/old", "report.json", "notes.txt")
+    with RunFolder(tmp_path, overwrite=True):
+        assert not (tmp_path / "pruned").exists()
+        write(tmp_path, "config.yaml", "pruned/new", text="new")
+    assert listing(tmp_path) == {
+        "config.yaml": _CONFIG,
+        "notes.txt": "old",
+        "pruned": None,
+        "pruned/new": "new",
+    }
+
+
+def test_overwrite_puts_the_old_run_back_on_failure(tmp_path: Path) -> None:
+    write(tmp_path, "config.yaml", "pruned/old", "checkpoints/last.ckpt", "notes.txt")
+    before = listing(tmp_path)
+    fail(tmp_path, "config.yaml", "report.json", "logs/x", overwrite=True)
+    assert listing(tmp_path) == before
+
+
+def test_overwrite_keeps_both_when_the_new_run_has_results(tmp_path: Path) -> None:
+    write(tmp_path, "config.yaml", "pruned/model")
+    fail(tmp_path, "config.yaml", "checkpoints/last.ckpt", overwrite=True)
+    names = listing(tmp_path)
+    assert names["checkpoints/last.ckpt"] == "new"
+    assert names[f"{ASIDE}{os.getpid()}/pruned/model"] == "old"
+    with RunFolder(tmp_path, ckpt_path="last"):
+        pass
+    assert not any(name.startswith(ASIDE) for name in listing(tmp_path))
+
+
+def test_overwrite_of_an_empty_folder_is_a_plain_run(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "new", overwrite=True):
+        write(tmp_path / "new", "config.yaml")
+    assert set(listing(tmp_path)) == {"new", "new/config.yaml"}
+
+
+def test_overwrite_refuses_what_lit_prune_did_not_write(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("mine: 1")
+    write(tmp_path, "logs/server.log")
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match=r"config\.yaml, logs of another origin"):
+        RunFolder(tmp_path, overwrite=True)
+    assert listing(tmp_path) == before
+
+
+def test_overwrite_after_a_killed_overwrite(tmp_path: Path) -> None:
+    write(tmp_path, f"{ASIDE}{os.getpid()}/pruned/model", "config.yaml")
+    before = listing(tmp_path)
+    fail(tmp_path, "config.yaml", overwrite=True)
+    assert listing(tmp_path) == before
+    with RunFolder(tmp_path, overwrite=True):
+        write(tmp_path, "report.json")
+    assert set(listing(tmp_path)) == {"report.json"}
+
+
+def test_last_is_the_folders_own_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, "config.yaml", "checkpoints/last.ckpt", "logs/x")
+    before = listing(tmp_path)
+    run = RunFolder(tmp_path, ckpt_path="last")
+    assert run.ckpt_path == str(tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(ZeroDivisionError), run:
+        raise ZeroDivisionError
+    assert listing(tmp_path) == before
+
+
+def test_last_starts_afresh_after_a_kill_before_the_first_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, "config.yaml", "logs/version_0/metrics.csv", "checkpoints/.last.ckpt.tmp3")
+    before = listing(tmp_path)
+    fail(tmp_path, "config.yaml", "logs/new", ckpt_path="last")
+    assert listing(tmp_path) == before
+    with RunFolder(tmp_path, ckpt_path="last") as run:
+        write(tmp_path, "config.yaml")
+    assert run.ckpt_path is None
+    assert set(listing(tmp_path)) == {"config.yaml"}
+
+
+def test_last_in_a_folder_that_is_not_there_starts_afresh(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run", ckpt_path="last") as run:
+        pass
+    assert run.ckpt_path is None
+
+
+@pytest.mark.parametrize("name", ["pruned/model", "checkpoints/step=3.ckpt"])
+def test_last_never_replaces_results(tmp_path: Path, name: str) -> None:
+    write(tmp_path, "config.yaml", name)
+    with pytest.raises(UserError, match=r"last\.ckpt"):
+        RunFolder(tmp_path, ckpt_path="last")
+
+
+def test_a_path_resumes_and_must_exist(tmp_path: Path) -> None:
+    write(tmp_path, "run/config.yaml", "other.ckpt")
+    path = str(tmp_path / "other.ckpt")
+    assert RunFolder(tmp_path / "run", ckpt_path=path).ckpt_path == path
+    with pytest.raises(UserError, match="which does not exist"):
+        RunFolder(tmp_path / "run", ckpt_path=str(tmp_path / "missing.ckpt"))
+
+
+def test_overwrite_and_resume_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="got both"):
+        RunFolder(tmp_path, overwrite=True, ckpt_path="last")
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    write(tmp_path, "run")
+    with pytest.raises(UserError, match="got the file"):
+        RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match="can be written"), RunFolder(tmp_path / "run" / "inner"):
+        pass
+    assert listing(tmp_path) == {"run": "old"}
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK"])
+def test_other_ranks_keep_their_hands_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write(tmp_path, "config.yaml", "checkpoints/last.ckpt")
+    before = listing(tmp_path)
+    monkeypatch.setenv(name, "1")
+    run = RunFolder(tmp_path)
+    with pytest.raises(ZeroDivisionError), run:
+        raise ZeroDivisionError
+    assert listing(tmp_path) == before
+    assert RunFolder(tmp_path, ckpt_path="last").ckpt_path is not None
+
+
+def test_names() -> None:
+    for name in (
+        "pruned",
+        "config.yaml",
+        ".pruned.tmp1",
+        ".report.json.9",
+        "pruned.tmp",
+        ".replaced-7",
+    ):
+        assert is_run_entry(name), name
+    for name in ("pruned2", "config.yaml.bak", "report.json.old", ".prunedx", "log", ".git"):
+        assert not is_run_entry(name), name
+
+
+def test_half_a_checkpoint_is_not_worth_keeping(tmp_path: Path) -> None:
+    write(tmp_path, "checkpoints/.last.ckpt.tmp4", "logs/x")
+    (tmp_path / "pruned").mkdir()
+    assert not worth_keeping(tmp_path)
+    write(tmp_path, "checkpoints/last.ckpt")
+    assert worth_keeping(tmp_path)

@@ -1,0 +1,59 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_prune.cli.saving import AtomicCheckpointIO, atomic_write
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    with atomic_write(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError), atomic_write(path) as file:
+        file.write(b"new" + "text")  # pyright: ignore[reportOperatorIssue]
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    plugin = AtomicCheckpointIO()
+    plugin.save_checkpoint({"weight": torch.arange(3.0), "step": 2}, path)
+    loaded = plugin.load_checkpoint(path, weights_only=True)
+    assert loaded["step"] == 2
+    assert torch.equal(loaded["weight"], torch.arange(3.0))
+    assert [child.name for child in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.ckpt"
+    plugin = AtomicCheckpointIO()
+    plugin.save_checkpoint({"step": 1}, path)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space.*last\.ckpt"):
+        plugin.save_checkpoint({"step": 2}, path)
+    assert plugin.load_checkpoint(path, weights_only=True) == {"step": 1}
+    assert [child.name for child in tmp_path.iterdir()] == ["last.ckpt"]
