@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from lit_prune.export import check_destination
 from lit_prune.export.describe import card_of
 
 
@@ -19,6 +20,11 @@ class ExportCheckpoint(Callback):
 
     def __init__(self, folder: str = "pruned") -> None:
         self.folder = folder
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse a place that holds something else, before hours of work rather than after."""
+        if stage == "fit" and trainer.is_global_zero:
+            check_destination(Path(trainer.default_root_dir) / self.folder)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write it; a fit that had ended before, and is resumed, writes it again."""

@@ -17,6 +17,7 @@ from lit_prune.progress import track
 from lit_prune.ranks import ranks_of
 from lit_prune.structure import Layout
 from lit_prune.structure.counting import count_actual, unique_labels
+from lit_prune.structure.limits import require_axes, require_stock
 
 
 class FASPPruning(Callback):
@@ -74,13 +75,10 @@ class FASPPruning(Callback):
 
     def plan(self, pl_module: PrunableLM) -> Plan:
         """How many units go from each layer."""
-        structure = pl_module.structure
-        for axis in self.axes:
-            if axis not in structure.axes():
-                raise UserError(
-                    f"expected an axis that {pl_module.model.config.model_type} can cut "
-                    f"({', '.join(structure.axes())}), got {axis!r}; choose another attention"
-                )
+        structure, model_type = pl_module.structure, pl_module.model.config.model_type
+        require_axes(model_type, structure.axes(), self.axes)
+        if pl_module.stock:
+            require_stock(model_type, structure.family, structure.widths, self.axes)
         return uniform(
             unique_labels(pl_module.model, structure),
             structure.widths,

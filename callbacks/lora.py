@@ -43,17 +43,28 @@ class LoRARecovery(Callback):
             "dtype": dtype,
             "seed": seed,
         }
-        self._start = 0.0
+        self._start: float | None = None
+
+    def on_before_cut(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuse options that would fail only after a long pruning."""
+        if pl_module.phase == "dense":
+            pl_module.check_adapter(**self.options)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Attach the adapters, unless the fit resumes with them."""
-        if pl_module.phase in {"dense", "pruned"}:
+        """Attach the adapters, unless the fit resumes with them or does not train at all."""
+        if pl_module.phase in {"dense", "pruned"} and not trainer.fit_loop.skip:
             pl_module.recut(trainer, lambda: pl_module.attach_adapter(**self.options))
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clock."""
         self._start = time.perf_counter() - pl_module.seconds.get("recover", 0.0)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: Any) -> None:
+        """Read the clock, so that a resumed fit counts on from here."""
+        if self._start is not None:
+            pl_module.seconds["recover"] = time.perf_counter() - self._start
+
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Stop the clock."""
-        pl_module.seconds["recover"] = time.perf_counter() - self._start
+        self.on_save_checkpoint(trainer, pl_module, None)
+        self._start = None

@@ -40,6 +40,10 @@ class GainLossReport(Callback):
         """Go on with what was measured before."""
         self.models, self.notes = state_dict["models"], state_dict["notes"]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Measure the dense model, if nothing cut it or attached to it so far."""
+        self.on_before_cut(trainer, pl_module)
+
     def on_before_cut(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure the dense model before it is changed for the first time."""
         if pl_module.phase == "dense" and "dense" not in self.models:
@@ -53,9 +57,7 @@ class GainLossReport(Callback):
         """Measure the result, and write and print the report."""
         pl_module.finish()
         pl_module.to(trainer.strategy.root_device)
-        if "dense" not in self.models:
-            self._measure(trainer, pl_module, "dense")
-        if pl_module.adapter is not None:
+        if trainer.global_step > 0:
             self._measure(trainer, pl_module, "recovered")
         if self.rounds and trainer.is_global_zero:
             self._measure_speed(trainer, pl_module)
@@ -104,7 +106,7 @@ class GainLossReport(Callback):
                 **data.protocol(),
                 "dtype": str(pl_module.model.dtype).removeprefix("torch."),
                 "recovery_steps": trainer.global_step,
-                "recovery_batch": f"{data.batch_size} x {data.length}",
+                "recovery_batch": _batch(trainer, data),
                 "speed": speed if self.rounds else "not measured",
                 "threads": torch.get_num_threads(),
                 "device": str(trainer.strategy.root_device),
@@ -116,6 +118,14 @@ class GainLossReport(Callback):
             options=last.get("options"),
             warnings=self.notes,
         )
+
+
+def _batch(trainer: Trainer, data: Any) -> str:
+    """Windows and tokens of an optimizer step, as far as a data module tells."""
+    if not hasattr(data, "batch_size") or not hasattr(data, "length"):
+        return "unknown"
+    turns = trainer.world_size * trainer.accumulate_grad_batches
+    return f"{data.batch_size * turns} x {data.length}"
 
 
 def _data(trainer: Trainer) -> Any:

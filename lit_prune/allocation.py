@@ -82,7 +82,9 @@ def uniform(
     Raises:
         UserError: An axis or layer is unknown, or the target is out of reach.
     """
-    _check(widths, sparsity, axes, protected, stock)
+    _check(widths, sparsity, axes, protected)
+    if stock:
+        _check_stock(widths, axes, protected)
     table = [_axis(labels, widths, axis, protected) for axis in _ORDER if axis in axes]
     total = count(labels, widths, decoder=True)
     most = sum(axis.weight(axis.units) for axis in table)
@@ -96,6 +98,9 @@ def uniform(
             removed[axis.name] = axis.spread(ratio)
             if place == len(table) - 1:
                 _settle(axis, removed[axis.name], remaining)
+        if rest := table[place + 1 :]:
+            least = remaining - sum(other.weight(other.units) for other in rest)
+            _leave_room(axis, removed[axis.name], least, remaining, together=stock)
         remaining -= axis.weight(removed[axis.name])
     reached = sparsity - remaining / total
     if abs(reached - sparsity) > TOLERANCE:
@@ -107,9 +112,7 @@ def uniform(
     return Plan(removed, reached)
 
 
-def _check(
-    widths: Widths, sparsity: float, axes: Sequence[str], protected: Sequence[int], stock: bool
-) -> None:
+def _check(widths: Widths, sparsity: float, axes: Sequence[str], protected: Sequence[int]) -> None:
     if not 0 <= sparsity < 1:
         raise UserError(f"expected a sparsity from 0 to below 1, got {sparsity:g}")
     if not axes:
@@ -117,21 +120,34 @@ def _check(
     for axis in axes:
         if axis not in _ORDER:
             raise UserError(f"expected axes out of {', '.join(_ORDER)}, got {axis!r}")
+    if len(heads := [axis for axis in _ORDER[:-1] if axis in axes]) > 1:
+        raise UserError(  # what a unit of one costs would depend on how many of another go
+            f"expected at most one of {', '.join(_ORDER[:-1])}, got {' and '.join(heads)}; "
+            f"choose one of them"
+        )
     for layer in protected:
         if not 0 <= layer < len(widths.layers):
             raise UserError(
                 f"expected protected layers from 0 to {len(widths.layers) - 1}, got {layer}"
             )
-    if stock and protected:
+
+
+def _check_stock(widths: Widths, axes: Sequence[str], protected: Sequence[int]) -> None:
+    if protected:
         raise UserError(
             "expected no protected layers under --stock, since one config number holds the width "
             f"of all layers, got {list(protected)}; leave out one of the two"
         )
+    for axis in axes:
+        if widths.uniform(axis) is None:
+            found = [sizes[axis] for sizes in widths.layers]
+            raise UserError(
+                f"expected the same number of {axis} units in every layer under --stock, got "
+                f"{min(found)} to {max(found)}; leave out --stock"
+            )
 
 
-def _axis(
-    labels: Sequence[Label], widths: Widths, name: str, protected: Sequence[int]
-) -> _Axis:
+def _axis(labels: Sequence[Label], widths: Widths, name: str, protected: Sequence[int]) -> _Axis:
     units, costs = [], []
     for layer, sizes in enumerate(widths.layers):
         free = 0 if layer in protected else sizes[name] - 1
@@ -157,6 +173,21 @@ def _settle(axis: _Axis, removed: list[int], goal: float) -> None:
             return
         layer = max(free, key=lambda i: step * (axis.units[i] - removed[i]))
         removed[layer] += step
+
+
+def _leave_room(
+    axis: _Axis, removed: list[int], least: float, most: float, *, together: bool
+) -> None:
+    """Move units until the axes that follow can make up the difference to the target."""
+    for step in (-1, 1):
+        while axis.weight(removed) > most if step < 0 else axis.weight(removed) < least:
+            free = [i for i, n in enumerate(removed) if 0 <= n + step <= axis.units[i]]
+            if not free:
+                break
+            if not together:
+                free = [max(free, key=lambda i: step * (axis.units[i] - removed[i]))]
+            for layer in free:
+                removed[layer] += step
 
 
 def keep_highest(scores: Tensor, removed: int) -> Tensor:

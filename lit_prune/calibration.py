@@ -36,8 +36,9 @@ class Stream:
         self.tokens: list[Tensor | None] = []
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self._played: list[Any] = []
-        for batch in batches:
-            self._enter(model, batch)
+        with evaluating(model):
+            for batch in batches:
+                self._enter(model, batch)
 
     @torch.no_grad()
     def _enter(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:

@@ -77,7 +77,7 @@ def prune_layers(
         The kept units, in the numbering of the model as it came.
 
     Raises:
-        UserError: The calibration activations are not finite.
+        UserError: The calibration activations or the weights that read them are not finite.
     """
     layout = Layout.full(structure.widths)
     restoration, ranks = restoration or Restoration(), ranks or Ranks()
@@ -96,10 +96,10 @@ def prune_layers(
                 reader = model.get_submodule(site.path)
                 gram = _observe(stream, layer, site, reader, attention if recorded else None)
                 gram.matrix = ranks.reduce(gram.matrix)
-                _require_finite(gram, site)
                 kept = ranks.agree(_choose(structure, site, reader, gram, axis, removed))
                 _apply(model, structure, site, gram, kept, restoration)
                 keep |= kept
+                del gram  # before the next one is made
             layout = layout.replace_layer(layer, keep)
             stream.advance(layer, play=attention if recorded else None)
     return layout
@@ -120,11 +120,11 @@ def _observe(
     return gram
 
 
-def _require_finite(gram: Gram, site: Site) -> None:
-    if not torch.isfinite(gram.matrix.diagonal()).all():
+def _require_finite(values: Tensor, what: str, place: str) -> None:
+    if not torch.isfinite(values).all():
         raise UserError(
-            f"expected finite calibration activations, got NaN or infinity at the input of "
-            f"{site.path}; check the model's weights, or use --model.dtype float32"
+            f"expected finite {what}, got NaN or infinity {place}; check the model's weights, or "
+            f"use --model.dtype float32"
         )
 
 
@@ -138,7 +138,11 @@ def _choose(
     structure: Structure, site: Site, reader: nn.Module, gram: Gram, axis: str, removed: int
 ) -> dict[str, Tensor]:
     sizes = structure.widths.sizes(site.layer)
+    _require_finite(
+        gram.matrix.diagonal(), "calibration activations", f"at the input of {site.path}"
+    )
     scores = column_scores(_matrix(reader), gram.norms())
+    _require_finite(scores, "weights", f"in {site.path}")
     if site.line.reads is None:
         raise TypeError(f"expected {site.path} to read an axis")
     return {axis: keep_highest(site.line.reads.reduce(scores.cpu(), axis, sizes), removed)}

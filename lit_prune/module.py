@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -32,7 +33,9 @@ _DTYPES = {
 class LossTerm(Protocol):
     """Computes a training loss from a batch and the model's output, in place of cross-entropy."""
 
-    def __call__(self, module: Any, batch: Mapping[str, Tensor], output: Any) -> Tensor: ...
+    def __call__(self, module: Any, batch: Mapping[str, Tensor], output: Any) -> Tensor:
+        """The loss of a batch, []."""
+        ...
 
 
 class PrunableLM(LightningModule):
@@ -78,7 +81,7 @@ class PrunableLM(LightningModule):
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.stock = stock
-        self.optimization = {"lr": learning_rate, "weight_decay": weight_decay}
+        self.optimization: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
         self.warmup = warmup
         self.model: Any = None
         self.structure: Structure
@@ -92,12 +95,15 @@ class PrunableLM(LightningModule):
         self.is_stock = True
         #: Time that steps took.
         self.seconds: dict[str, float] = {}
+        #: Optimizer steps before the last `recut`, which starts the schedule anew.
+        self.first_step = 0
         #: Filled by a report callback, for the model card.
         self.report: dict[str, Any] | None = None
         self.loss_term: LossTerm | None = None
         self.keep_teacher = False
         self.perplexity = TokenPerplexity()
-        self._outside: dict[str, Any] = {}  # not in the module tree: not saved, not in DDP's buckets
+        # not in the module tree: not saved, not in DDP's buckets
+        self._outside: dict[str, Any] = {}
 
     @classmethod
     def from_model(cls, model: nn.Module, tokenizer: Any = None, **options: Any) -> PrunableLM:
@@ -113,6 +119,7 @@ class PrunableLM(LightningModule):
         module._outside["tokenizer"] = tokenizer
         module._outside["given"] = True
         module._adopt(model)
+        module.is_stock = not hasattr(model.config, "lit_prune")
         return module
 
     @property
@@ -152,7 +159,10 @@ class PrunableLM(LightningModule):
                 saved = record["layout"]["widths"]
                 widths = Widths(saved["shared"], saved["layers"])
         self._adopt(model, widths)
-        self.is_stock = widths is None or settle(self.model, self.structure, self.layout)
+        self.is_stock = widths is None or settle(model, self.structure, self.layout)
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if hasattr(data, "check") and self.trainer.training:
+            data.check("fit")  # before anything is cut, and now with the vocabulary's size
 
     def _adopt(self, model: Any, widths: Widths | None = None) -> None:
         self.structure = Structure.of(model, widths)
@@ -193,6 +203,7 @@ class PrunableLM(LightningModule):
         strategy.model_to_device()
         if hasattr(strategy, "configure_ddp"):
             cast(Any, strategy).configure_ddp()  # new parameters, new buckets
+        self.first_step = trainer.global_step
         strategy.setup_optimizers(trainer)
         strategy.setup_precision_plugin()
         if layout is not None:
@@ -209,7 +220,11 @@ class PrunableLM(LightningModule):
         self._outside["teacher"] = copy.deepcopy(self.model).eval().requires_grad_(False)
 
     def require_teacher(self) -> nn.Module:
-        """The dense model on this module's device, loaded again if a resumed run has none."""
+        """The dense model on this module's device, loaded again if a resumed run has none.
+
+        Raises:
+            UserError: The model was given in memory and is cut, and no copy was kept.
+        """
         self._make_teacher()
         if self.teacher is None and "given" in self._outside:
             raise UserError(
@@ -224,16 +239,22 @@ class PrunableLM(LightningModule):
                 **self.access,
             )
             self._outside["teacher"] = model.eval().requires_grad_(False)
-        return self._outside["teacher"].to(self.device)
+        with _keeping_dtypes(self._outside["teacher"]):  # the trainer may have cast the student
+            return self._outside["teacher"].to(self.device, self.model.dtype)
 
     # --- recovery ------------------------------------------------------------------------------
 
-    def attach_adapter(self, **options: Any) -> None:
-        """Attach LoRA to linear modules of the decoder layers and freeze the rest.
+    def check_adapter(self, **options: Any) -> list[str]:
+        """Find the modules that an adapter goes to; what it is made with is checked too.
 
         Args:
-            options: `rank`, `alpha`, `dropout`, `dtype` (a name) and `seed` as for
-                `lit_prune.recovery.attach_lora`; `targets` are names of modules, empty for all.
+            options: As for `attach_adapter`.
+
+        Returns:
+            Their paths.
+
+        Raises:
+            UserError: An option is out of range, or no module has a wanted name.
         """
         wanted = set(options["targets"])
         paths = [
@@ -245,15 +266,29 @@ class PrunableLM(LightningModule):
         if not chosen:
             names = sorted({path.rpartition(".")[2] for path in paths})
             raise UserError(f"expected LoRA targets out of {', '.join(names)}, got {wanted}")
-        dtype = _DTYPES[options["dtype"]] or self.model.dtype
+        ranges = {name: options[name] for name in ("rank", "alpha", "dropout")}
+        recovery.check_lora(self.model, targets=chosen, **ranges)
+        return chosen
+
+    def attach_adapter(self, **options: Any) -> None:
+        """Attach LoRA to linear modules of the decoder layers and freeze the rest.
+
+        Args:
+            options: `rank`, `alpha`, `dropout`, `dtype` (a name) and `seed` as for
+                `lit_prune.recovery.attach_lora`; `targets` are names of modules, empty for all.
+        """
+        chosen = self.check_adapter(**options)
+        dtype = _DTYPES.get(options["dtype"]) or self.model.dtype
         arguments = {**options, "targets": chosen, "dtype": dtype}
         recovery.attach_lora(self.model, **arguments)
-        self.adapter, self.phase = dict(options), "recovery"
+        # written out, since "auto" may mean another when this is read
+        self.adapter = {**options, "dtype": str(dtype).removeprefix("torch.")}
+        self.phase = "recovery"
 
     def finish(self) -> None:
-        """Merge the adapter, if there is one; the model is then a plain dense one."""
-        if recovery.has_lora(self.model):
-            recovery.merge_lora(self.model)
+        """Merge the adapter, if there is one; the model is then a plain one, in eval mode."""
+        recovery.merge_lora(self.model)
+        self.model.eval()
         self.phase = "done"
 
     def export(self, out: Any, card: str) -> bool:
@@ -324,13 +359,13 @@ class PrunableLM(LightningModule):
         """AdamW over what is trained, with a linear warm-up and a cosine to zero."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, **self.optimization)
-        steps = max(int(self.trainer.max_steps), 1)
-        if self.trainer.max_steps < 0:
-            steps = max(int(self.trainer.estimated_stepping_batches), 1)
-        schedule = warmup_cosine(optimizer, steps, self.warmup)
+        steps = self.trainer.max_steps
+        if steps < 0:
+            steps = int(self.trainer.estimated_stepping_batches)
+        schedule = warmup_cosine(optimizer, max(steps - self.first_step, 1), self.warmup)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    def on_train_start(self) -> None:
+    def on_fit_start(self) -> None:
         """Put the model into training mode, which loading left it out of."""
         self.model.train()
 
@@ -338,10 +373,13 @@ class PrunableLM(LightningModule):
         """Save what is needed to build the model again before its weights are loaded."""
         checkpoint["lit_prune"] = {
             "model_type": self.model.config.model_type,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
             "layout": self.layout.to_dict(),
             "phase": self.phase,
             "adapter": self.adapter,
             "history": self.history,
+            "seconds": self.seconds,
+            "first_step": self.first_step,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -350,38 +388,58 @@ class PrunableLM(LightningModule):
         Raises:
             UserError: The checkpoint is of another model.
         """
-        saved = checkpoint["lit_prune"]
+        self.configure_model()
+        self._make_teacher()
+        saved = checkpoint.get("lit_prune")
+        if saved is None:
+            raise UserError("expected a checkpoint of a PrunableLM, got one of another module")
         layout = Layout.from_dict(saved["layout"])
-        dense = self.structure.widths
-        if saved["model_type"] != self.model.config.model_type or layout.of != dense:
+        is_cut = saved["layout"] == self.layout.to_dict()  # by a fit of this very module
+        fits = is_cut or layout.of == self.structure.widths
+        if saved["model_type"] != self.model.config.model_type or not fits:
             raise UserError(
                 f"expected a checkpoint of {self.pretrained}, got one of a "
                 f"{saved['model_type']} model of other widths; give the model it was made from"
             )
-        if saved["phase"] != "dense":
-            self._make_teacher()
+        recovery.remove_lora(self.model)  # of that fit
+        with _keeping_dtypes(self.model):
+            self.model.to(getattr(torch, saved["dtype"]))  # which the trainer may have chosen
+        if not is_cut:
             cut(self.model, self.structure, layout)
             self.is_stock = settle(self.model, self.structure, layout)
-            self.layout, self.history = layout, saved["history"]
-        if saved["adapter"] is not None:
+        self.layout, self.adapter = layout, saved["adapter"]
+        for name in ("history", "seconds", "first_step"):
+            setattr(self, name, saved[name])
+        if saved["phase"] == "recovery":
             self.attach_adapter(**saved["adapter"])
         self.phase = saved["phase"]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrunableLM:
-        """Move or convert, but leave non-persistent buffers their dtype.
-
-        A cast to bfloat16 would round rotary frequencies, and the logits would then differ from
-        those of the exported checkpoint, which computes them anew.
-        """
-        kept = [
-            (module, name, buffer)
-            for module in self.modules()
-            for name, buffer in module._buffers.items()
-            if name in module._non_persistent_buffers_set and buffer is not None
-        ]
-        super()._apply(fn, recurse)
-        for module, name, buffer in kept:
-            new = module._buffers[name]
-            if new is not None and new.dtype != buffer.dtype:
-                module._buffers[name] = buffer.to(new.device)
+        """Move or convert, but leave computed buffers and adapters their dtype."""
+        with _keeping_dtypes(self):
+            super()._apply(fn, recurse)
         return self
+
+
+@contextmanager
+def _keeping_dtypes(model: nn.Module) -> Iterator[None]:
+    """Computed buffers and adapters of a model that is moved or cast keep their dtype.
+
+    A cast to bfloat16 would round rotary frequencies, and the logits would then differ from those
+    of the exported checkpoint, which computes them anew. Adapters have a dtype of their own.
+    """
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if name in module._non_persistent_buffers_set and buffer is not None
+    ]
+    adapters = [(parameter, parameter.data) for parameter in recovery.lora_parameters(model)]
+    yield
+    for module, name, buffer in buffers:
+        new = module._buffers[name]
+        if new is not None and new.dtype != buffer.dtype:
+            module._buffers[name] = buffer.to(new.device)
+    for parameter, data in adapters:
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)

@@ -80,10 +80,12 @@ def load_pretrained(
     from transformers import AutoModelForCausalLM
 
     from lit_prune.export.load import as_stock, load_checked, load_pruned
+    from lit_prune.structure.families import find_family
 
     found = resolve(source)
     access = {"trust_remote_code": trust_remote_code, "token": token}
     config = load_config(source, **access)
+    find_family(config)  # an unknown one is refused before any weights are read
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
     options["attn_implementation"] = _attention(config, attn_implementation)
     with said_in_one_line(source):

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.errors import UserError
+from lit_prune.files import follow_umask
 
 _NAME = "default"
 _PEFT_PREFIX = "base_model.model."
@@ -52,7 +53,7 @@ def attach_lora(
         UserError: A value is out of range, LoRA is attached already, or a target isn't there or
             isn't linear or shares its weight with the embedding.
     """
-    _check_arguments(model, rank, alpha, dropout, targets)
+    check_lora(model, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
     transposed = isinstance(model.get_submodule(targets[0]), Conv1D)
     config = LoraConfig(
         r=rank,
@@ -83,10 +84,10 @@ def attach_lora(
         cast(nn.Module, layer).train(layer.get_base_layer().training)
 
 
-def _check_arguments(
-    model: PreTrainedModel, rank: int, alpha: float, dropout: float, targets: list[str]
+def check_lora(
+    model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, targets: list[str]
 ) -> None:
-    """Refuse what peft would take silently or fail on with a stack trace."""
+    """Refuse what peft would take silently or fail on with a stack trace; see `attach_lora`."""
     if rank < 1 or not 0 <= dropout < 1 or not (alpha > 0 and math.isfinite(alpha)):
         raise UserError(
             "expected LoRA with rank >= 1, alpha > 0 and 0 <= dropout < 1, got "
@@ -138,11 +139,22 @@ def merge_lora(model: nn.Module) -> None:
                 f"expected finite LoRA weights, got NaN or infinity at {path}; "
                 "the recovery diverged, lower its learning rate"
             )
-    for path, layer in layers:
+    for _, layer in layers:
         base = layer.get_base_layer()
         _add_update(cast(nn.Parameter, base.weight), layer, isinstance(base, Conv1D))
+    remove_lora(model)
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Take LoRA off, in place, without merging it; see `merge_lora` for what is put back.
+
+    Args:
+        model: A model, with LoRA or without.
+    """
+    layers = list(_lora_layers(model))
+    for path, layer in layers:
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, base)
+        setattr(model.get_submodule(parent), name, layer.get_base_layer())
     if layers:
         if hasattr(model, "peft_config"):
             del model.peft_config
@@ -237,6 +249,7 @@ def _write_adapter(model: nn.Module, directory: Path, base: str | None) -> None:
     state = adapter_state(model)
     tensors = {_PEFT_PREFIX + key: value.cpu().contiguous() for key, value in state.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    follow_umask(directory)
     attached = cast(dict[str, LoraConfig], model.peft_config)[_NAME]
     config = LoraConfig(
         r=attached.r,

@@ -194,11 +194,12 @@ def load_lines(directory: str | Path, *, stock: bool = True) -> str:
         Three lines that run as they are.
     """
     name = json.dumps(str(directory), ensure_ascii=False)
-    model = f"{name}, trust_remote_code=True" if not stock else name
+    # without it the tokenizer, which reads config.json too, stops at a question
+    arguments = name if stock else f"{name}, trust_remote_code=True"
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({name})\n"
-        f"model = AutoModelForCausalLM.from_pretrained({model})"
+        f"tokenizer = AutoTokenizer.from_pretrained({arguments})\n"
+        f"model = AutoModelForCausalLM.from_pretrained({arguments})"
     )
 
 

@@ -17,13 +17,13 @@ _ATTEMPTS = 6
 
 @contextmanager
 def _exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let float32 products of bfloat16 values run on bfloat16 hardware.
+    """Keep float32 products exact, whatever precision the process has set for training.
 
-    The values are exact in bfloat16 and sums stay in float32, so that nothing is lost.
+    Those of bfloat16 values may run on bfloat16 hardware: the values are exact in it and sums stay
+    in float32, so that nothing is lost.
     """
     before = torch.get_float32_matmul_precision()
-    if dtype == torch.bfloat16:
-        torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
     try:
         yield
     finally:
@@ -39,7 +39,8 @@ class Gram:
     """
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
-        self.matrix = torch.zeros(size, size, device=device)
+        # not the default dtype, which a bf16-true trainer sets
+        self.matrix = torch.zeros(size, size, dtype=torch.float32, device=device)
 
     def add(self, x: Tensor) -> None:
         """Add activations [tokens, features]."""
@@ -94,12 +95,13 @@ def least_squares(
     base = weight[:, keep] if ridge == "weights" else torch.zeros_like(weight[:, keep])
     if not len(rows):
         return base
-    factor = _cholesky(gram[keep][:, keep], delta)
-    cross = gram[keep][:, rows]
-    if len(rows) <= weight.shape[0]:  # solve for whichever right side is narrower
-        change = weight[:, rows] @ torch.cholesky_solve(cross, factor).T
-    else:
-        change = torch.cholesky_solve(cross @ weight[:, rows].T, factor).T
+    with _exact_products(torch.float32):
+        factor = _cholesky(gram[keep][:, keep], delta)
+        cross = gram[keep][:, rows]
+        if len(rows) <= weight.shape[0]:  # solve for whichever right side is narrower
+            change = weight[:, rows] @ torch.cholesky_solve(cross, factor).T
+        else:
+            change = torch.cholesky_solve(cross @ weight[:, rows].T, factor).T
     return base + change
 
 

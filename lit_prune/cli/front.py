@@ -136,6 +136,8 @@ def _refuse(message: str) -> int:
 
 def _set_environment() -> None:
     """Quiet the libraries; read by them when they are imported."""
+    # Threads that spin while they wait take the cores from whoever else has work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -9,6 +9,8 @@ from typing import Any
 
 from lit_prune.cli.guard import guarded
 
+_TRUTHS = ("true", "false", "yes", "no")
+
 
 def run_command(module: str, function: str, argv: Sequence[str], name: str) -> int:
     """Import a function and run it as a command.
@@ -47,6 +49,7 @@ def call_function(function: Callable[..., Any], argv: Sequence[str], name: str) 
     """Call a function with arguments parsed by its signature.
 
     Parameters without a default are positional on the command line unless they are keyword-only.
+    One that is False by default may be given without a value.
 
     Args:
         function: The function, annotated and with a Google docstring.
@@ -71,6 +74,16 @@ def call_function(function: Callable[..., Any], argv: Sequence[str], name: str) 
         parser.add_function_arguments(
             function, as_group=False, as_positional=positional, skip=others
         )
-    config = parser.parse_args(list(argv))
+    switches = {f"--{p.name}" for p in parameters if p.default is False}
+    config = parser.parse_args(_switched(argv, switches))
     values = parser.instantiate(config)
     return function(**{parameter.name: values[parameter.name] for parameter in parameters})
+
+
+def _switched(argv: Sequence[str], switches: set[str]) -> list[str]:
+    """Add the value that a switch stands for where it is given alone."""
+    followers = [*argv[1:], ""]
+    return [
+        f"{word}=true" if word in switches and follower.lower() not in _TRUTHS else word
+        for word, follower in zip(argv, followers, strict=True)
+    ]

@@ -50,6 +50,9 @@ def guarded(action: Callable[[], None]) -> int:
         return _interrupted()
     except SystemExit as end:
         return _exit_code(end)
+    except BrokenPipeError:  # who read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
     except BaseException as error:
         message = user_message(error)
         if message is None:

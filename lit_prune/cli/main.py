@@ -21,7 +21,7 @@ import lit_prune
 from lit_prune.cli.parser import OneLineErrors
 from lit_prune.cli.results import print_metrics, print_predictions
 from lit_prune.cli.runfolder import RunFolder, find_checkpoint
-from lit_prune.cli.saving import AtomicCheckpointIO, RunConfigCallback
+from lit_prune.cli.saving import AtomicCheckpointIO, RunConfigCallback, UntrainedCheckpoint
 from lit_prune.errors import UserError
 
 DEFAULT_FOLDER = "lit-prune-run"
@@ -113,6 +113,8 @@ class PruneCLI(LightningCLI):
             config.ckpt_path = self.folder.ckpt_path
         else:
             _find_for_reading(config)
+            if config.trainer.limit_val_batches == 0:  # of a fit, which validates by itself
+                config.trainer.limit_val_batches = None
 
     def _parse_ckpt_path(self) -> None:
         path = self.config[self.config.subcommand].get("ckpt_path")
@@ -139,6 +141,8 @@ class PruneCLI(LightningCLI):
             ]
         if fits and config.get("enable_checkpointing") is not False:
             _place_checkpoints(config["callbacks"], root / "checkpoints")
+            if config.get("max_steps") == 0:  # first in the list: before anything is merged
+                config["callbacks"].insert(0, UntrainedCheckpoint(root / "checkpoints"))
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
         except (ValueError, TypeError) as error:  # nothing but the options has been looked at
@@ -160,11 +164,13 @@ class PruneCLI(LightningCLI):
 
     def validate(self, **kwargs: Any) -> None:
         """Measure on the validation text and print what was measured."""
-        print_metrics("validate", self.trainer.validate(**{**kwargs, "verbose": False}))
+        results = self.trainer.validate(**{**kwargs, "verbose": False})
+        print_metrics("validate", results, _protocol(self.datamodule, "validation"))
 
     def test(self, **kwargs: Any) -> None:
         """Measure on the test text and print what was measured."""
-        print_metrics("test", self.trainer.test(**{**kwargs, "verbose": False}))
+        results = self.trainer.test(**{**kwargs, "verbose": False})
+        print_metrics("test", results, _protocol(self.datamodule, "test"))
 
     def predict(self, **kwargs: Any) -> None:
         """Run on the prediction text and print what came out."""
@@ -192,8 +198,14 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
     for category in (DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
+
+
+def _protocol(data: Any, role: str) -> dict[str, Any]:
+    """What was measured on, from a data module that can tell."""
+    return data.protocol(role) if hasattr(data, "protocol") else {}
 
 
 def _find_for_reading(config: Any) -> None:

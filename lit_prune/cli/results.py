@@ -12,12 +12,15 @@ from rich.table import Table
 
 
 @rank_zero_only
-def print_metrics(title: str, results: Sequence[Mapping[str, float]]) -> None:
-    """Print what was logged.
+def print_metrics(
+    title: str, results: Sequence[Mapping[str, float]], protocol: Mapping[str, Any] | None = None
+) -> None:
+    """Print what was logged, and what it was measured on.
 
     Args:
         title: The table's title.
         results: One mapping of names to numbers per data loader.
+        protocol: Names and values of what it was measured on.
     """
     table = Table(title=title)
     table.add_column("metric")
@@ -26,6 +29,10 @@ def print_metrics(title: str, results: Sequence[Mapping[str, float]]) -> None:
     for name in dict.fromkeys(name for result in results for name in result):
         values = [result.get(name) for result in results]
         table.add_row(name, *("" if value is None else f"{value:.5g}" for value in values))
+    if protocol:
+        table.add_section()
+    for name, value in (protocol or {}).items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     Console().print(table)
 
 

@@ -16,6 +16,7 @@ from lit_prune.errors import UserError
 RUN_ENTRIES = ("config.yaml", "checkpoints", "pruned", "report.json", "logs", "adapter")
 ASIDE = ".replaced-"
 CONFIG_MARK = "lit_prune=="
+LINEAGE_FILE = "lit_prune.json"  # as in lit_prune.export, which is not imported for its name
 _KEYWORDS = ("best", "hpc")
 
 
@@ -222,14 +223,14 @@ def worth_keeping(path: Path) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    """Recognise a run by its results or by the first line of its configuration."""
-    if worth_keeping(path) or (path / "report.json").is_file():
-        return True
+    """Recognise a run by what only this project writes; other people's files are not replaced."""
     if any(name.startswith(ASIDE) for name in _names(path)):
         return True
     config = path / "config.yaml"
     if config.is_file():
         return CONFIG_MARK in config.read_text(encoding="utf-8", errors="replace")[:200]
+    if (path / "pruned" / LINEAGE_FILE).is_file():
+        return True
     return not any(child.is_file() for name in RUN_ENTRIES for child in (path / name).rglob("*"))
 
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -108,3 +108,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         with atomic_write(target) as file:
             file.write(buffer.getbuffer())
+
+
+class UntrainedCheckpoint(Callback):
+    """Writes `last.ckpt` in a fit of no steps, in which Lightning would write none.
+
+    Args:
+        folder: Where.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it, unless the fit resumed from a trained one."""
+        if trainer.global_step == 0:
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave out optimizers that never stepped: a fit that goes on has its own, of adapters."""
+        if trainer.global_step == 0:
+            checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []

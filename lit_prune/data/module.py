@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
@@ -221,6 +222,8 @@ class TextDataModule(LightningDataModule):
                 drop_last=True,
                 num_workers=self.num_workers,
                 collate_fn=self._collate(),
+                # of its own: each epoch draws a seed, which a resumed run would draw once more
+                generator=torch.Generator().manual_seed(self.seed),
             )
         if self.trainer is not None:
             loader.progress = trainer_progress(self.trainer)
@@ -295,7 +298,11 @@ class TextDataModule(LightningDataModule):
     def _evaluation_loader(self, role: Role) -> DataLoader[Batch]:
         _, data, _ = self._held_out(role)
         return DataLoader(
-            data, batch_size=1, num_workers=self.num_workers, collate_fn=self._collate()
+            data,
+            batch_size=1,
+            num_workers=self.num_workers,
+            collate_fn=self._collate(),
+            generator=torch.Generator(),  # of its own, as for training
         )
 
     def _collate(self) -> Collate:

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import copy
-import errno
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from lit_prune.errors import UserError
 from lit_prune.export import modeling_lit_pruned as pruned
 from lit_prune.export.trial import compare, differences, stock_class, stock_config, stock_trial
+from lit_prune.files import folder_errors, written_at_once
 
 #: Our own file in an export; config.json of a stock export stays stock.
 LINEAGE_FILE = "lit_prune.json"
-
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
 def export_checkpoint(
@@ -61,14 +54,14 @@ def export_checkpoint(
         UserError: There is no room, no permission, or `out` holds something else.
     """
     out = Path(out).resolve()
-    with _folder_errors(out):
-        _check_destination(out)
+    with folder_errors(out):
+        check_destination(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(out)
         _check_room(model, out.parent)
     stock = config is not None and not differences(model, config)
     twin = stock_trial(model, config) if stock else _pruned_trial(model, layout)
-    with _folder_errors(out), _written_at_once(out) as folder:
+    with folder_errors(out), written_at_once(out) as folder:
         _save_model(model, twin, folder, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -175,7 +168,15 @@ def _valid_generation_config(model: Any) -> Any:
     return config
 
 
-def _check_destination(out: Path) -> None:
+def check_destination(out: Path) -> None:
+    """Refuse a place for an export that holds something other than an earlier one.
+
+    Args:
+        out: The folder to make.
+
+    Raises:
+        UserError: There is a file, or a folder with other files.
+    """
     if out.is_dir():
         names = {entry.name for entry in out.iterdir()}
         if names and not names & {LINEAGE_FILE, "config.json"}:
@@ -206,50 +207,3 @@ def _check_room(model: Any, parent: Path) -> None:
             f"expected {needed / 1e6:.0f} MB of free disk space for the checkpoint at {parent}, "
             f"got {free / 1e6:.0f} MB; free some or choose another folder"
         )
-
-
-@contextmanager
-def _written_at_once(out: Path) -> Iterator[Path]:
-    """Yield a folder beside `out` that takes its place if nothing is raised."""
-    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    aside = out.with_name(f"{out.name}.old-{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if out.exists():
-            out.rename(aside)
-        temporary.rename(out)
-    except BaseException:
-        if aside.exists() and not out.exists():
-            aside.rename(out)
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def _folder_errors(out: Path) -> Iterator[None]:
-    """Turn a full or forbidden disk into one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise _no_room(out, error) from error
-        if error.errno in _NO_ACCESS:
-            raise UserError(
-                f"expected a folder that can be written for {out}, got: {error.strerror}; "
-                f"choose another one"
-            ) from error
-        raise
-    except SafetensorError as error:  # Rust's I/O errors carry their number in the text only
-        if any(f"os error {code})" in str(error) for code in _NO_ROOM):
-            raise _no_room(out, error) from error
-        raise
-
-
-def _no_room(out: Path, error: Exception) -> UserError:
-    return UserError(
-        f"expected enough disk space to write {out}, got: {error}; nothing was left behind, "
-        f"free some space or choose another folder"
-    )

@@ -59,14 +59,23 @@ def propose(config: Any, family: Family, widths: Widths) -> Any | None:
         for dim, field in family.fields.items()
         if dim != "layer"
     }
-    if config.hidden_size != sizes["hidden"]:
-        epsilon = getattr(config, family.epsilon, None)
-        if family.norm != "layer" and epsilon is not None:
-            updates[family.epsilon] = epsilon * config.hidden_size / sizes["hidden"]
+    if family.norm != "layer":
+        updates[family.epsilon] = epsilon(config, family, sizes["hidden"])
     try:
         return rebuilt(config, updates)
     except (ValueError, TypeError, StrictDataclassError):  # refused sizes are not stock
         return None
+
+
+def epsilon(config: Any, family: Family, hidden: int) -> float:
+    """The epsilon of RMS norms over fewer residual features than the config has.
+
+    Args:
+        config: A config whose epsilon holds for its own hidden size.
+        family: The table's entry.
+        hidden: Features that are left.
+    """
+    return getattr(config, family.epsilon) * (config.hidden_size / hidden)
 
 
 def adopt(model: nn.Module, config: Any) -> None:

@@ -58,14 +58,17 @@ def renumbered(labels: Iterable[Label], kept: Sequence[int]) -> list[Label]:
     ]
 
 
-def count_macs(model: nn.Module, structure: Structure, widths: Widths, length: int = 0) -> Any:
+def count_macs(
+    model: nn.Module, structure: Structure, widths: Widths, length: int | Sequence[int] = 0
+) -> Any:
     """Multiply-accumulates of one token's forward pass.
 
     Args:
         model: A model of this structure; it only says which modules there are.
         structure: Its structure.
         widths: Sizes of its axes, with the structure's number of layers; tensors are allowed.
-        length: Tokens in the context that attention looks at; 0 leaves attention scores out.
+        length: Tokens in the context that attention looks at, in each layer where windows differ;
+            0 leaves attention scores out.
     """
     total: Any = 0
     for site in structure.sites(model):
@@ -76,5 +79,6 @@ def count_macs(model: nn.Module, structure: Structure, widths: Widths, length: i
     for layer in range(len(widths.layers)):
         sizes = widths.sizes(layer)
         heads = sizes["group"] * sizes["query"]
-        total = total + length * heads * (sizes["head_dim"] + sizes["value"])
+        seen = length if isinstance(length, int) else length[layer]
+        total = total + seen * heads * (sizes["head_dim"] + sizes["value"])
     return total

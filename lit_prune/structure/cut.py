@@ -6,10 +6,10 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lit_prune.errors import UserError
 from lit_prune.export.modeling_lit_pruned import keep_heads
 from lit_prune.structure.configs import adopt, kept_layers_config, propose
 from lit_prune.structure.dims import Dim, members, parse
@@ -39,12 +39,16 @@ def cut(model: nn.Module, structure: Structure, layout: Layout) -> None:
 
     Masking the removed units and cutting them give the same logits, up to rounding; when `hidden`
     is cut, norms are rescaled so that this holds for RMS norms (a LayerNorm's statistics are taken
-    over the features that are left).
+    over the features that are left). `settle` then completes the result: until it is called, the
+    config still lists the layers that were cut.
 
     Args:
         model: A Hugging Face causal language model.
         structure: Its structure; its widths are updated.
         layout: What stays, in the model's present numbering.
+
+    Raises:
+        UserError: The family has no such axis.
     """
     before = structure.widths.copy()
     for unit in layout.layers:
@@ -72,7 +76,18 @@ def cut_layer(
         structure: Its structure; the layer's widths are updated.
         layer: The layer's present number.
         keep: Kept units of some of the layer's axes.
+
+    Raises:
+        UserError: The family has no such axis in its layers.
     """
+    config: Any = model.config
+    possible = [axis for axis in structure.axes() if axis not in {"hidden", "layer"}]
+    for axis in keep:
+        if axis not in possible:
+            raise UserError(
+                f"expected axes that layers of {config.model_type} have ({', '.join(possible)}), "
+                f"got {axis!r}; choose one of those"
+            )
     sizes = structure.widths.sizes(layer)
     _select(model, structure, layer, keep)
     for axis, kept in keep.items():
@@ -80,7 +95,6 @@ def cut_layer(
     _remember(model, structure, layer)
     if "group" not in keep and "query" not in keep:
         return
-    config: Any = model.config
     if structure.family.has_alibi(config):
         heads = members("group", sizes, keep)[:, None].expand(-1, sizes["query"])
         if "query" in keep:
@@ -155,13 +169,14 @@ def _select(
         module = model.get_submodule(path)
         old = module.get_parameter(name)
         if id(old) not in done:
-            value = old.detach()
+            value, chosen = old.detach(), False
             for place, dim in enumerate(label.dims):
                 if any(axis in keep for axis in dim.names()):
                     if dim not in positions:
                         positions[dim] = dim.positions(sizes, keep).to(old.device)
                     value = value.index_select(place, positions[dim])
-            if value.data_ptr() == old.data_ptr():
+                    chosen = True
+            if not chosen:
                 continue
             # `old` is kept alive with the new one, so that its id stays taken
             done[id(old)] = (old, nn.Parameter(value.contiguous(), requires_grad=old.requires_grad))
@@ -211,5 +226,3 @@ def tied(model: nn.Module) -> bool:
     head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     return head is not None and head.weight is embedding.weight
-
-

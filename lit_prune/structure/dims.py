@@ -75,14 +75,16 @@ class Dim:
             For each axis an int64 tensor [entries]; -1 where an entry does not lie on the axis.
         """
         if self.kind == "name":
-            return {self.name: torch.arange(sizes[self.name])}
+            return {self.name: torch.arange(sizes[self.name], device="cpu")}
         if self.kind == "number":
             return {}
         parts = [(part.size(sizes), part.coordinates(sizes)) for part in self.parts]
         axes = dict.fromkeys(self.names())
         if self.kind == "sum":
             return {
-                axis: torch.cat([grid.get(axis, torch.full((n,), -1)) for n, grid in parts])
+                axis: torch.cat(
+                    [grid.get(axis, torch.full((n,), -1, device="cpu")) for n, grid in parts]
+                )
                 for axis in axes
             }
         total, done, result = self.size(sizes), 1, {}
@@ -105,7 +107,7 @@ class Dim:
             A boolean tensor [entries].
         """
         grid = self.coordinates(sizes)
-        mask = torch.ones(self.size(sizes), dtype=torch.bool)
+        mask = torch.ones(self.size(sizes), dtype=torch.bool, device="cpu")
         for axis, index in grid.items():
             if axis not in keep:
                 continue
@@ -151,12 +153,14 @@ def members(axis: str, sizes: Mapping[str, int], keep: Mapping[str, Tensor]) -> 
     """
     kept = torch.as_tensor(keep[axis], dtype=torch.long)
     if axis not in PER_GROUP:
-        member = torch.zeros(sizes[axis], dtype=torch.bool)
+        member = torch.zeros(sizes[axis], dtype=torch.bool, device="cpu")
         member[kept] = True
         return member
     groups = keep.get("group")
-    groups = torch.arange(sizes["group"]) if groups is None else torch.as_tensor(groups)
-    member = torch.zeros(sizes["group"], sizes[axis], dtype=torch.bool)
+    groups = (
+        torch.arange(sizes["group"], device="cpu") if groups is None else torch.as_tensor(groups)
+    )
+    member = torch.zeros(sizes["group"], sizes[axis], dtype=torch.bool, device="cpu")
     member[groups[:, None], kept] = True
     return member
 
@@ -194,7 +198,7 @@ def parse(text: str) -> Line:
         raise ValueError(f"expected -> or the end in {text!r}")
     second = _sum(tokens)
     if tokens[0] != "":
-        raise ValueError(f"expected the end after {second} in {text!r}")
+        raise ValueError(f"expected the end before {tokens[0]!r} in {text!r}")
     return Line(first, second)
 
 
@@ -212,12 +216,13 @@ def _product(tokens: list[str]) -> Dim:
         token = tokens.pop(0)
         if token == "(":
             parts.append(_sum(tokens))
-            if tokens.pop(0) != ")":
-                raise ValueError("expected ) ")
+            if tokens[0] != ")":
+                raise ValueError(f"expected ) before {tokens[0] or 'the end'!r}")
+            tokens.pop(0)
         elif token.isdigit():
             parts.append(Dim("number", number=int(token)))
         else:
             parts.append(Dim("name", name=token))
     if not parts:
-        raise ValueError(f"expected a name, a number or ( before {tokens[0]!r}")
+        raise ValueError(f"expected a name, a number or ( before {tokens[0] or 'the end'!r}")
     return parts[0] if len(parts) == 1 else Dim("product", parts=tuple(parts))

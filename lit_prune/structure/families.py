@@ -260,7 +260,7 @@ lm_head                                          embedding -> vocab
 model.decoder.embed_tokens                       vocab -> hidden
 lm_head                                          hidden -> vocab
 """,
-        fields=_OPT_FIELDS,
+        fields={**_OPT_FIELDS, "(hidden)": "word_embed_proj_dim"},  # a second field for it
         when={"factorised_embedding": False},
         norm="layer",
     ),

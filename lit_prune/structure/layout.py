@@ -159,7 +159,7 @@ def _join(
     if before is None:
         if axis not in step:
             return None
-        before = torch.arange(sizes[axis]).expand(groups, -1)
+        before = torch.arange(sizes[axis], device="cpu").expand(groups, -1)
     if "group" in step:
         before = before[step["group"]]
     return before.gather(1, step[axis]) if axis in step else before

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.structure.configs import epsilon
 from lit_prune.structure.model import Structure
 
 
@@ -27,7 +28,9 @@ def rescale(model: nn.Module, structure: Structure, before: int) -> None:
     family = structure.family
     if family.norm == "layer":
         return
-    ratio = before / structure.widths.shared["hidden"]
+    config: Any = model.config
+    hidden = structure.widths.shared["hidden"]
+    ratio = before / hidden
     plus_one = family.norm == "rms_plus_one"
     embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
@@ -44,13 +47,11 @@ def rescale(model: nn.Module, structure: Structure, before: int) -> None:
         # the config has one epsilon, so norms over a head's features follow it too
         for name in ("variance_epsilon", "eps"):
             if isinstance(vars(module).get(name), float):
-                setattr(module, name, getattr(module, name) * ratio)
+                setattr(module, name, epsilon(config, family, hidden))
     if family.scaled_embedding:
         embedding.weight.data.mul_(math.sqrt(ratio))
-        embedding.scalar_embed_scale = structure.widths.shared["hidden"] ** 0.5
-        embedding.embed_scale = torch.full_like(
-            embedding.embed_scale, embedding.scalar_embed_scale
-        )
+        embedding.scalar_embed_scale = hidden**0.5
+        embedding.embed_scale = torch.full_like(embedding.embed_scale, embedding.scalar_embed_scale)
 
 
 def _scaled(weight: Tensor, factor: float, plus_one: bool) -> Tensor:

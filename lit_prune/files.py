@@ -1,0 +1,91 @@
+"""Folders that appear whole or not at all, as readable as the user's umask says."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from lit_prune.errors import UserError
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file, or every file in a folder, the mode that `open` would have given it.
+
+    Temporary files and those that safetensors writes are readable by their owner only.
+
+    Args:
+        path: A file or a folder.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
+
+
+@contextmanager
+def written_at_once(out: Path) -> Iterator[Path]:
+    """Yield a folder beside `out` that takes its place if nothing is raised.
+
+    Args:
+        out: The folder to make; one that is there is replaced.
+    """
+    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    aside = out.with_name(f"{out.name}.old-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        follow_umask(temporary)
+        if out.exists():
+            out.rename(aside)
+        temporary.rename(out)
+    except BaseException:
+        if aside.exists() and not out.exists():
+            aside.rename(out)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def folder_errors(out: Path) -> Iterator[None]:
+    """Turn a full or forbidden disk into one line.
+
+    Args:
+        out: The folder that is written.
+
+    Raises:
+        UserError: Instead of what the file system raised inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise _no_room(out, error) from error
+        if error.errno in _NO_ACCESS:
+            raise UserError(
+                f"expected a folder that can be written for {out}, got: {error.strerror}; "
+                f"choose another one"
+            ) from error
+        raise
+    except SafetensorError as error:  # Rust's I/O errors carry their number in the text only
+        if any(f"os error {code})" in str(error) for code in _NO_ROOM):
+            raise _no_room(out, error) from error
+        raise
+
+
+def _no_room(out: Path, error: Exception) -> UserError:
+    return UserError(
+        f"expected enough disk space to write {out}, got: {error}; nothing was left behind, "
+        f"free some space or choose another folder"
+    )

@@ -1,0 +1,235 @@
+"""What a model's axes hold, and what is left after a cut: counted on a model, on meta perhaps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.allocation import Plan
+from lit_prune.evaluation import weight_bytes
+from lit_prune.structure import Layout, Structure, Widths, cut, settle
+from lit_prune.structure.counting import count, count_actual, count_macs, unique_labels
+from lit_prune.structure.dims import PER_GROUP
+from lit_prune.structure.model import Label
+
+#: What one unit of an axis is.
+UNITS = {
+    "channel": "an FFN channel",
+    "group": "a KV head with its query heads",
+    "query": "a query head of every KV group",
+    "value": "a value feature of every KV group",
+    "hidden": "a residual feature",
+    "layer": "a decoder layer",
+}
+
+
+def axis_sizes(model: nn.Module, structure: Structure, length: int) -> list[dict[str, Any]]:
+    """What goes with each axis of a model.
+
+    Args:
+        model: The model; it may be on meta.
+        structure: Its structure.
+        length: Tokens in the context.
+
+    Returns:
+        For each axis `axis`, `unit` (what one is), `units` (in each layer, or a single number for
+        an axis of the whole model), `unit_parameters` and `unit_macs` (per token; of one unit in
+        each layer), `parameters` and `macs` (of all units), `decoder_share` (of the parameters).
+    """
+    counts = _Counts(model, structure, length)
+    return [{"axis": axis, "unit": UNITS[axis], **counts.axis(axis)} for axis in structure.axes()]
+
+
+def totals(model: Any, structure: Structure, length: int) -> dict[str, Any]:
+    """A model's size as it is.
+
+    Args:
+        model: The model; it may be on meta.
+        structure: Its structure.
+        length: Tokens in the context.
+
+    Returns:
+        `decoder_parameters`, `parameters`, `macs_per_token` (of the last of `length` tokens),
+        `weight_bytes`, and of keys and values `cache_bytes_per_token` and `cache_bytes` (of all
+        `length`), None where a forward pass can't be tried.
+    """
+    return {
+        "decoder_parameters": count_actual(model, structure, decoder=True),
+        "parameters": count_actual(model, structure),
+        "macs_per_token": count_macs(model, structure, structure.widths, attended(model, length)),
+        "weight_bytes": weight_bytes(model),
+        "cache_bytes_per_token": _bytes(cached(model, 1)),
+        "cache_bytes": _bytes(cached(model, length)),
+    }
+
+
+def cached(model: Any, tokens: int) -> list[tuple[Tensor, Tensor]] | None:
+    """Keys and values of each layer after some tokens, found by running them through.
+
+    Args:
+        model: The model; it may be on meta.
+        tokens: How many.
+
+    Returns:
+        Keys and values, [1, heads, tokens kept, features], or None where no forward pass can be
+        tried on meta.
+    """
+    weight = model.get_input_embeddings().weight
+    text = torch.zeros(1, tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    try:
+        with torch.no_grad():
+            cache = model(inputs_embeds=text, use_cache=True).past_key_values
+    except (RuntimeError, NotImplementedError):
+        return None
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def attended(model: Any, length: int) -> int | list[int]:
+    """Tokens that attention looks at for the last of some: all, or a layer's window.
+
+    Args:
+        model: The model; it may be on meta.
+        length: Tokens so far.
+
+    Returns:
+        A number for each layer, or `length` where it can't be tried.
+    """
+    found = cached(model, length - 1) if length > 1 else None
+    return length if found is None else [keys.shape[-2] + 1 for keys, _ in found]
+
+
+def _bytes(cache: list[tuple[Tensor, Tensor]] | None) -> int | None:
+    if cache is None:
+        return None
+    return sum(part.numel() * part.element_size() for pair in cache for part in pair)
+
+
+def expected(model: Any, structure: Structure, plan: Plan, length: int) -> dict[str, Any]:
+    """Cut a model to a plan's widths and tell what is left; which units go makes no difference.
+
+    Args:
+        model: The model, cut in place; it may be on meta.
+        structure: Its structure, which follows.
+        plan: Units to remove from each layer.
+        length: Tokens in the context.
+
+    Returns:
+        `sparsity` (`decoder` and `total`), `widths` (of each axis, in each layer), the `totals`,
+        and `stock`: whether the family's own config can express the result.
+    """
+    before = totals(model, structure, length)
+    layout = _first_units(structure.widths, plan)
+    cut(model, structure, layout)
+    stock = settle(model, structure, layout)
+    after = totals(model, structure, length)
+    removed = {
+        "decoder": 1 - after["decoder_parameters"] / before["decoder_parameters"],
+        "total": 1 - after["parameters"] / before["parameters"],
+    }
+    widths = {axis: [sizes[axis] for sizes in structure.widths.layers] for axis in plan.removed}
+    return {"sparsity": removed, "widths": widths, **after, "stock": stock}
+
+
+def reachable(
+    labels: Sequence[Label], widths: Widths, axes: Sequence[str], protected: Sequence[int] = ()
+) -> float:
+    """The largest share of the decoder's parameters that can go; a unit of each axis stays.
+
+    Args:
+        labels: Labels of the model's parameters, each once.
+        widths: Present sizes of its axes.
+        axes: What may be cut.
+        protected: Layers that stay whole.
+    """
+    least = widths.copy()
+    for layer, sizes in enumerate(least.layers):
+        if layer not in protected:
+            sizes.update(dict.fromkeys(axes, 1))
+    return 1 - count(labels, least, decoder=True) / count(labels, widths, decoder=True)
+
+
+def _first_units(widths: Widths, plan: Plan) -> Layout:
+    layout = Layout.full(widths)
+    for layer, sizes in enumerate(widths.layers):
+        left = {axis: sizes[axis] - removed[layer] for axis, removed in plan.removed.items()}
+        groups = left.get("group", sizes["group"])
+        keep = {axis: torch.arange(number) for axis, number in left.items()}
+        for axis in keep.keys() & set(PER_GROUP):
+            keep[axis] = keep[axis].expand(groups, -1)
+        layout = layout.replace_layer(layer, keep)
+    return layout
+
+
+class _Counts:
+    """Parameters and multiply-accumulates of a model at other widths than its own."""
+
+    def __init__(self, model: nn.Module, structure: Structure, length: int) -> None:
+        self.model, self.structure = model, structure
+        self.seen = attended(model, length)
+        self.labels = unique_labels(model, structure)
+        self.parameters = count(self.labels, structure.widths)
+        self.decoder = count(self.labels, structure.widths, decoder=True)
+        self.macs = count_macs(model, structure, structure.widths, self.seen)
+
+    def axis(self, axis: str) -> dict[str, Any]:
+        """An axis' part of `axis_sizes`."""
+        widths = self.structure.widths
+        if axis == "layer":
+            units, costs = [len(widths.layers)], self._each_layer(self._of_layer)
+            parameters, macs, share = self.decoder, sum(macs for _, macs in costs), 1.0
+        else:
+            none = widths.copy()
+            if axis == "hidden":
+                units, costs = [widths.shared["hidden"]], [self._saved(_narrower(widths))]
+                none.shared["hidden"] = 0
+            else:
+                units = [sizes[axis] for sizes in widths.layers]
+                costs = self._each_layer(lambda i: self._saved(_narrower(widths, axis, i)))
+                for sizes in none.layers:
+                    sizes[axis] = 0
+            parameters, macs = self._saved(none)
+            share = 1 - count(self.labels, none, decoder=True) / self.decoder
+        return {
+            "units": units,
+            "unit_parameters": [cost[0] for cost in costs],
+            "unit_macs": [cost[1] for cost in costs],
+            "parameters": parameters,
+            "macs": macs,
+            "decoder_share": share,
+        }
+
+    def _each_layer(self, cost: Callable[[int], tuple[int, int]]) -> list[tuple[int, int]]:
+        """A cost in each layer; it is the same in layers of the same kind, so few are counted."""
+        known: dict[Any, tuple[int, int]] = {}
+        found = []
+        for layer, sizes in enumerate(self.structure.widths.layers):
+            kind = (*sizes.items(), *(label.dims for label in self._own(layer)))
+            if kind not in known:
+                known[kind] = cost(layer)
+            found.append(known[kind])
+        return found
+
+    def _of_layer(self, layer: int) -> tuple[int, int]:
+        empty = self.structure.widths.copy()
+        empty.layers[layer] = dict.fromkeys(empty.layers[layer], 0)
+        # norms are as wide as the residual stream, so a layer's parameters are counted apart
+        return count(self._own(layer), self.structure.widths), self._saved(empty)[1]
+
+    def _own(self, layer: int) -> list[Label]:
+        return [label for label in self.labels if label.layer == layer]
+
+    def _saved(self, widths: Widths) -> tuple[int, int]:
+        """Parameters and MACs that go when the model gets other widths."""
+        macs = count_macs(self.model, self.structure, widths, self.seen)
+        return self.parameters - count(self.labels, widths), self.macs - macs
+
+
+def _narrower(widths: Widths, axis: str = "hidden", layer: int | None = None) -> Widths:
+    """Widths with a unit less."""
+    less = widths.copy()
+    sizes = less.shared if layer is None else less.layers[layer]
+    sizes[axis] -= 1
+    return less
