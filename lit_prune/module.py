@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lit_prune import recovery
+from lit_prune import recovery, state
 from lit_prune.distillation import cross_entropy
+from lit_prune.dtypes import DTYPES, keeping_dtypes
 from lit_prune.errors import UserError
 from lit_prune.evaluation import TokenPerplexity
 from lit_prune.export import export_checkpoint, read_lineage
 from lit_prune.pretrained import load_pretrained, load_tokenizer, resolve
+from lit_prune.refit import refit
 from lit_prune.schedule import warmup_cosine
-from lit_prune.structure import Layout, Structure, Widths, cut, settle
+from lit_prune.structure import Layout, Structure, Widths, settle
 
 Phase = Literal["dense", "pruned", "recovery", "done"]
-_DTYPES = {
-    "auto": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 class LossTerm(Protocol):
@@ -73,8 +68,8 @@ class PrunableLM(LightningModule):
         warmup: float = 0.03,
     ) -> None:
         super().__init__()
-        if dtype not in _DTYPES:
-            raise UserError(f"expected a dtype out of {', '.join(_DTYPES)}, got {dtype!r}")
+        if dtype not in DTYPES:
+            raise UserError(f"expected a dtype out of {', '.join(DTYPES)}, got {dtype!r}")
         self.pretrained = pretrained
         self.dtype_name = dtype
         self.access = {"trust_remote_code": trust_remote_code, "token": token}
@@ -145,7 +140,7 @@ class PrunableLM(LightningModule):
             return
         model, tokenizer = load_pretrained(
             self.pretrained,
-            dtype=_DTYPES[self.dtype_name],
+            dtype=DTYPES[self.dtype_name],
             attn_implementation=self.attn_implementation,
             **self.access,
         )
@@ -185,29 +180,21 @@ class PrunableLM(LightningModule):
         """
         self._tell(trainer, "on_before_cut")
         self._make_teacher()
-        strategy = trainer.strategy
-        strategy.model = strategy.lightning_module  # drops a DDP wrapper
-        start = time.perf_counter()
-        with (
-            torch.inference_mode(False),
-            trainer.precision_plugin.module_init_context(),
-            strategy.root_device,
-        ):
-            layout = change()
-            if layout is not None:
-                self.is_stock = settle(self.model, self.structure, layout)
-                self.layout = self.layout.then(layout)
-                self.phase = "pruned"
-        if layout is not None:
-            self.seconds["calibrate_and_prune"] = time.perf_counter() - start
-        strategy.model_to_device()
-        if hasattr(strategy, "configure_ddp"):
-            cast(Any, strategy).configure_ddp()  # new parameters, new buckets
         self.first_step = trainer.global_step
-        strategy.setup_optimizers(trainer)
-        strategy.setup_precision_plugin()
-        if layout is not None:
+        was_cut = refit(trainer, lambda: self._change(change))
+        if was_cut:
             self._tell(trainer, "on_after_cut")
+
+    def _change(self, change: Callable[[], Layout | None]) -> bool:
+        start = time.perf_counter()
+        layout = change()
+        if layout is None:
+            return False
+        self.is_stock = settle(self.model, self.structure, layout)
+        self.layout = self.layout.then(layout)
+        self.phase = "pruned"
+        self.seconds["calibrate_and_prune"] = time.perf_counter() - start
+        return True
 
     def _tell(self, trainer: Trainer, event: str) -> None:
         for callback in cast(Any, trainer).callbacks:
@@ -234,12 +221,12 @@ class PrunableLM(LightningModule):
         if self.teacher is None:
             model, _ = load_pretrained(
                 self.pretrained,
-                dtype=_DTYPES[self.dtype_name],
+                dtype=DTYPES[self.dtype_name],
                 attn_implementation=self.attn_implementation,
                 **self.access,
             )
             self._outside["teacher"] = model.eval().requires_grad_(False)
-        with _keeping_dtypes(self._outside["teacher"]):  # the trainer may have cast the student
+        with keeping_dtypes(self._outside["teacher"]):  # the trainer may have cast the student
             return self._outside["teacher"].to(self.device, self.model.dtype)
 
     # --- recovery ------------------------------------------------------------------------------
@@ -278,7 +265,7 @@ class PrunableLM(LightningModule):
                 `lit_prune.recovery.attach_lora`; `targets` are names of modules, empty for all.
         """
         chosen = self.check_adapter(**options)
-        dtype = _DTYPES.get(options["dtype"]) or self.model.dtype
+        dtype = DTYPES.get(options["dtype"]) or self.model.dtype
         arguments = {**options, "targets": chosen, "dtype": dtype}
         recovery.attach_lora(self.model, **arguments)
         # written out, since "auto" may mean another when this is read
@@ -371,16 +358,7 @@ class PrunableLM(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what is needed to build the model again before its weights are loaded."""
-        checkpoint["lit_prune"] = {
-            "model_type": self.model.config.model_type,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "layout": self.layout.to_dict(),
-            "phase": self.phase,
-            "adapter": self.adapter,
-            "history": self.history,
-            "seconds": self.seconds,
-            "first_step": self.first_step,
-        }
+        checkpoint["lit_prune"] = state.saved(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Bring the dense model into the shape that the checkpoint's weights have.
@@ -389,57 +367,11 @@ class PrunableLM(LightningModule):
             UserError: The checkpoint is of another model.
         """
         self.configure_model()
-        self._make_teacher()
-        saved = checkpoint.get("lit_prune")
-        if saved is None:
-            raise UserError("expected a checkpoint of a PrunableLM, got one of another module")
-        layout = Layout.from_dict(saved["layout"])
-        is_cut = saved["layout"] == self.layout.to_dict()  # by a fit of this very module
-        fits = is_cut or layout.of == self.structure.widths
-        if saved["model_type"] != self.model.config.model_type or not fits:
-            raise UserError(
-                f"expected a checkpoint of {self.pretrained}, got one of a "
-                f"{saved['model_type']} model of other widths; give the model it was made from"
-            )
-        recovery.remove_lora(self.model)  # of that fit
-        with _keeping_dtypes(self.model):
-            self.model.to(getattr(torch, saved["dtype"]))  # which the trainer may have chosen
-        if not is_cut:
-            cut(self.model, self.structure, layout)
-            self.is_stock = settle(self.model, self.structure, layout)
-        self.layout, self.adapter = layout, saved["adapter"]
-        for name in ("history", "seconds", "first_step"):
-            setattr(self, name, saved[name])
-        if saved["phase"] == "recovery":
-            self.attach_adapter(**saved["adapter"])
-        self.phase = saved["phase"]
+        self._make_teacher()  # before the cut
+        state.load(self, checkpoint.get("lit_prune"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrunableLM:
         """Move or convert, but leave computed buffers and adapters their dtype."""
-        with _keeping_dtypes(self):
+        with keeping_dtypes(self):
             super()._apply(fn, recurse)
         return self
-
-
-@contextmanager
-def _keeping_dtypes(model: nn.Module) -> Iterator[None]:
-    """Computed buffers and adapters of a model that is moved or cast keep their dtype.
-
-    A cast to bfloat16 would round rotary frequencies, and the logits would then differ from those
-    of the exported checkpoint, which computes them anew. Adapters have a dtype of their own.
-    """
-    buffers = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if name in module._non_persistent_buffers_set and buffer is not None
-    ]
-    adapters = [(parameter, parameter.data) for parameter in recovery.lora_parameters(model)]
-    yield
-    for module, name, buffer in buffers:
-        new = module._buffers[name]
-        if new is not None and new.dtype != buffer.dtype:
-            module._buffers[name] = buffer.to(new.device)
-    for parameter, data in adapters:
-        if parameter.dtype != data.dtype:
-            parameter.data = data.to(parameter.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def model_options(run: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """Read `checkpoints/last.ckpt`, or else the newest other one that is whole.
+    """Read the checkpoint of the most steps that is whole; of several `last.ckpt`.
 
     Args:
         run: The run's folder.
@@ -98,27 +98,31 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[Path, dict
     Raises:
         UserError: There is none.
     """
-    for path in _candidates(run / "checkpoints"):
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError):
-            say(f"{path} is no whole checkpoint, it is passed over")
-            continue
-        if (
-            isinstance(checkpoint, dict)
-            and {"lit_prune", "state_dict", "global_step"} <= checkpoint.keys()
-        ):
-            return path, checkpoint
-        say(f"{path} is no checkpoint of lit-prune, it is passed over")
-    raise UserError(
-        f"expected a whole checkpoint in {run / 'checkpoints'}, got none; let the run go on to its "
-        "first one"
-    )
+    folder = run / "checkpoints"
+    # by what they hold, not by their dates, which a copied folder may not have kept
+    found = [(path, _read(path, say)) for path in sorted(folder.glob("*.ckpt"), key=_age)]
+    whole = [(path, checkpoint) for path, checkpoint in found if checkpoint is not None]
+    if not whole:
+        raise UserError(
+            f"expected a whole checkpoint in {folder}, got none; let the run go on to its first one"
+        )
+    return max(whole, key=lambda pair: (pair[1]["global_step"], pair[0].name == "last.ckpt"))
 
 
-def _candidates(folder: Path) -> Iterator[Path]:
-    last = folder / "last.ckpt"
-    if last.is_file():
-        yield last
-    others = [path for path in folder.glob("*.ckpt") if path != last and path.is_file()]
-    yield from sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
+def _age(path: Path) -> tuple[bool, float]:
+    """Sorts `last.ckpt` to the front, then the newest."""
+    return path.name != "last.ckpt", -path.stat().st_mtime
+
+
+def _read(path: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError):
+        say(f"{path} is no whole checkpoint, it is passed over")
+        return None
+    if isinstance(checkpoint, dict) and {"lit_prune", "state_dict", "global_step"} <= set(
+        checkpoint
+    ):
+        return checkpoint
+    say(f"{path} is no checkpoint of lit-prune, it is passed over")
+    return None

@@ -40,7 +40,8 @@ class Windows(LightningDataModule):
 
     def train_dataloader(self) -> Any:
         (batch,) = self.calibration_batches(2, 8, 2)
-        return DataLoader([{**batch, "labels": batch["input_ids"]}], batch_size=None)
+        rows: Any = [{**batch, "labels": batch["input_ids"]}]
+        return DataLoader(rows, batch_size=None)
 
 
 def callback(samples: int = 6, **options: Any) -> FASPPruning:

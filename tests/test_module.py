@@ -283,9 +283,9 @@ def test_padding_changes_neither_loss_nor_perplexity(tmp_path: Path, name: str):
     ]
     assert values[0][0]["val/perplexity"] == pytest.approx(values[1][0]["val/perplexity"], rel=1e-5)
     module.log = lambda *args, **kwargs: None  # pyright: ignore[reportAttributeAccessIssue]
-    losses = [float(module.training_step(batch, 0)) for batch in single]
+    losses = [module.training_step(batch, 0).item() for batch in single]
     mean = (losses[0] * 11 + losses[1] * 6) / 17
-    assert float(module.training_step(padded, 0)) == pytest.approx(mean, rel=1e-5)
+    assert module.training_step(padded, 0).item() == pytest.approx(mean, rel=1e-5)
 
 
 def test_a_finished_module_is_for_use(tmp_path: Path):

@@ -21,7 +21,12 @@ import lit_prune
 from lit_prune.cli.parser import OneLineErrors
 from lit_prune.cli.results import print_metrics, print_predictions
 from lit_prune.cli.runfolder import RunFolder, find_checkpoint
-from lit_prune.cli.saving import AtomicCheckpointIO, RunConfigCallback, UntrainedCheckpoint
+from lit_prune.cli.saving import (
+    AtomicCheckpointIO,
+    LastCheckpoint,
+    RunConfigCallback,
+    UntrainedCheckpoint,
+)
 from lit_prune.errors import UserError
 
 DEFAULT_FOLDER = "lit-prune-run"
@@ -90,6 +95,11 @@ class PruneCLI(LightningCLI):
             }
             for flag, text in flags.items():
                 parser.add_argument(flag, action="store_true", help=text)
+            parser.add_argument(
+                "--sparsity",
+                type=float | None,
+                help="share of the decoder's parameters to remove (the pruning callback's)",
+            )
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -105,6 +115,8 @@ class PruneCLI(LightningCLI):
                 config.trainer.max_steps = 0
             if config.stock:
                 config.model.stock = True
+            if config.sparsity is not None:
+                _set_sparsity(config)
             self.folder = RunFolder(
                 config.trainer.default_root_dir,
                 overwrite=config.overwrite,
@@ -219,6 +231,22 @@ def _find_for_reading(config: Any) -> None:
         )
 
 
+def _set_sparsity(config: Any) -> None:
+    """Hand the shorthand's value to the pruning callback.
+
+    Raises:
+        UserError: There is none, or more than one.
+    """
+    callbacks = config.trainer.callbacks or []
+    targets = [item for item in callbacks if "sparsity" in (item.get("init_args") or {})]
+    if len(targets) != 1:
+        raise UserError(
+            f"expected one callback that takes a sparsity, got {len(targets)}; name a "
+            "configuration that prunes, such as --config fasp, before --sparsity"
+        )
+    targets[0].init_args.sparsity = config.sparsity
+
+
 def _place_checkpoints(callbacks: list[Callback], folder: Path) -> None:
     """Send checkpoints that name no folder to the run's, and make some if none are asked for."""
     found = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
@@ -227,7 +255,7 @@ def _place_checkpoints(callbacks: list[Callback], folder: Path) -> None:
             callback.dirpath = str(folder.resolve())
     if not found:
         callbacks.append(
-            ModelCheckpoint(
+            LastCheckpoint(
                 folder,
                 save_last=True,
                 save_top_k=0,

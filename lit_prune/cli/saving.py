@@ -12,12 +12,13 @@ from typing import Any, BinaryIO
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 # Shorthands of the command line: what they did is in the other keys, and a configuration that
 # overwrites or resumes by itself would be a trap.
-COMMAND_LINE_ONLY = ("overwrite", "no_recovery", "stock", "ckpt_path")
+COMMAND_LINE_ONLY = ("overwrite", "no_recovery", "stock", "sparsity", "ckpt_path")
 
 
 @contextlib.contextmanager
@@ -42,6 +43,18 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a failed write does not say where
         raise
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps only `last.ckpt`, and has the last step in it.
+
+    The stock callback saves at the end of training only if it never saved before.
+    """
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save unless the last step is saved already."""
+        if trainer.global_step != self._last_global_step_saved:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class RunConfigCallback(SaveConfigCallback):

@@ -218,11 +218,5 @@ def _keep_layers(model: nn.Module, structure: Structure, kept: list[int]) -> Non
     for number, layer in enumerate(structure.layers(model)):
         for module in layer.modules():
             if isinstance(vars(module).get("layer_idx"), int):
-                module.layer_idx = number  # where its keys and values lie in the cache
-
-
-def tied(model: nn.Module) -> bool:
-    """Whether the input embedding and the output head are one tensor."""
-    head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    return head is not None and head.weight is embedding.weight
+                # where its keys and values lie in the cache
+                setattr(module, "layer_idx", number)  # noqa: B010 - the type has no such name

@@ -152,9 +152,10 @@ FAMILIES: tuple[Family, ...] = (
         modules=_EMBEDDING
         + _TWO_NORMS
         + _GATED_FUSED
+        + "model.layers.*.self_attn.qkv_proj                hidden -> "
+        + "(group query head_dim) + (group head_dim) + (group value)"
         + """
-model.layers.*.self_attn.qkv_proj   hidden -> (group query head_dim) + (group head_dim) + (group value)
-model.layers.*.self_attn.o_proj     (group query value) -> hidden
+model.layers.*.self_attn.o_proj                  (group query value) -> hidden
 """,
         fields=_FIELDS,
         reads_config={"num_attention_heads": "group query"},

@@ -69,6 +69,14 @@ def test_bfloat16_is_kept_where_the_trainer_chose_it(workspace: Workspace, here:
     assert files(here / "pruned") == files(here / "run/pruned")
 
 
+def merged(checkpoint: dict[str, Any], name: str) -> torch.Tensor:
+    """W + alpha / rank * B A of a linear layer."""
+    state = checkpoint["state_dict"]
+    down, up = (state[f"model.{name}.lora_{letter}.default.weight"] for letter in "AB")
+    assert up.abs().max() > 0
+    return state[f"model.{name}.base_layer.weight"] + 2.0 * (up @ down)
+
+
 def test_an_interrupted_run(workspace: Workspace, here: Path) -> None:
     every_step = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -90,13 +98,9 @@ def test_an_interrupted_run(workspace: Workspace, here: Path) -> None:
 
     checkpoint = torch.load(here / "run/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] in (2, 3)
-    state = checkpoint["state_dict"]
     name = "model.layers.1.mlp.up_proj"
-    down, up = (state[f"model.{name}.lora_{letter}.default.weight"] for letter in "AB")
-    assert up.abs().max() > 0
-    merged = state[f"model.{name}.base_layer.weight"] + 2.0 * (up @ down)  # alpha / rank
     weights = load_file(here / "pruned/model.safetensors")
-    assert torch.equal(weights[f"{name}.weight"], merged)
+    assert torch.equal(weights[f"{name}.weight"], merged(checkpoint, name))
     assert "Not measured." in (here / "pruned/README.md").read_text()
 
     # a report of an earlier fit in the same folder is not this model's
@@ -108,8 +112,13 @@ def test_an_interrupted_run(workspace: Workspace, here: Path) -> None:
     later = ["--ckpt_path", "last", "--trainer.max_steps", "9"]
     assert main(["fit", "--config", config, *run, *later]) == 130
     (here / "run/report.json").write_text(report)
+    # the second ModelCheckpoint leaves the first one's last.ckpt alone
+    assert (here / "run/checkpoints/last-v1.ckpt").exists()
     assert main(["export", "run", "--out", "later"]) == 0
-    assert "Not measured." in (here / "later/README.md").read_text()
+    latest = torch.load(here / "run/checkpoints/last-v1.ckpt", weights_only=True)
+    assert latest["global_step"] == 4
+    exported = load_file(here / "later/model.safetensors")
+    assert torch.equal(exported[f"{name}.weight"], merged(latest, name))
 
 
 def test_adapter_apart(finished: Path, here: Path) -> None:

@@ -1,0 +1,61 @@
+"""What a checkpoint must hold so that its weights find a model of their shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lit_prune import recovery
+from lit_prune.dtypes import keeping_dtypes
+from lit_prune.errors import UserError
+from lit_prune.structure import Layout, cut, settle
+
+
+def saved(module: Any) -> dict[str, Any]:
+    """The state of a `PrunableLM` beside its weights, as plain types."""
+    return {
+        "model_type": module.model.config.model_type,
+        "dtype": str(module.model.dtype).removeprefix("torch."),
+        "layout": module.layout.to_dict(),
+        "phase": module.phase,
+        "adapter": module.adapter,
+        "history": module.history,
+        "seconds": module.seconds,
+        "first_step": module.first_step,
+    }
+
+
+def load(module: Any, state: Mapping[str, Any] | None) -> None:
+    """Bring a dense `PrunableLM` into the shape that saved weights have.
+
+    Args:
+        module: The module, with its model.
+        state: What `saved` gave, or None if a checkpoint has no such entry.
+
+    Raises:
+        UserError: The state is of another module or model.
+    """
+    if state is None:
+        raise UserError("expected a checkpoint of a PrunableLM, got one of another module")
+    layout = Layout.from_dict(state["layout"])
+    is_cut = state["layout"] == module.layout.to_dict()  # by a fit of this very module
+    fits = is_cut or layout.of == module.structure.widths
+    if state["model_type"] != module.model.config.model_type or not fits:
+        raise UserError(
+            f"expected a checkpoint of {module.pretrained}, got one of a "
+            f"{state['model_type']} model of other widths; give the model it was made from"
+        )
+    recovery.remove_lora(module.model)  # of that fit
+    with keeping_dtypes(module.model):
+        module.model.to(getattr(torch, state["dtype"]))  # which the trainer may have chosen
+    if not is_cut:
+        cut(module.model, module.structure, layout)
+        module.is_stock = settle(module.model, module.structure, layout)
+    module.layout, module.adapter = layout, state["adapter"]
+    for name in ("history", "seconds", "first_step"):
+        setattr(module, name, state[name])
+    if state["phase"] == "recovery":
+        module.attach_adapter(**state["adapter"])
+    module.phase = state["phase"]
