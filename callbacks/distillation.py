@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from lit_prune.distillation import distillation_loss
+from lit_prune.errors import UserError
 
 
 class Distillation(Callback):
@@ -30,6 +31,13 @@ class Distillation(Callback):
     def __init__(
         self, task: float = 1.0, kl: float = 1.0, mse: float = 0.0, temperature: float = 1.0
     ) -> None:
+        if min(task, kl, mse) < 0 or max(task, kl, mse) == 0:
+            raise UserError(
+                "expected weights of at least 0, one of them above, got "
+                f"task {task:g}, kl {kl:g}, mse {mse:g}"
+            )
+        if not temperature > 0:
+            raise UserError(f"expected a temperature above 0, got {temperature:g}")
         self.weights = {
             "task_weight": task,
             "kl_weight": kl,

@@ -28,6 +28,10 @@ class GainLossReport(Callback):
     """
 
     def __init__(self, file: str = "report.json", rounds: int = 5, length: int = 512) -> None:
+        if rounds < 0 or length < 1:
+            raise UserError(
+                f"expected rounds of at least 0 and length of at least 1, got {rounds} and {length}"
+            )
         self.file, self.rounds, self.length = file, rounds, length
         self.models: dict[str, dict[str, Any]] = {}
         self.notes: list[str] = []

@@ -70,6 +70,11 @@ class PrunableLM(LightningModule):
         super().__init__()
         if dtype not in DTYPES:
             raise UserError(f"expected a dtype out of {', '.join(DTYPES)}, got {dtype!r}")
+        if not (learning_rate >= 0 and weight_decay >= 0 and 0 <= warmup <= 1):
+            raise UserError(
+                "expected learning_rate and weight_decay of at least 0 and warmup from 0 to 1, got "
+                f"{learning_rate:g}, {weight_decay:g} and {warmup:g}"
+            )
         self.pretrained = pretrained
         self.dtype_name = dtype
         self.access = {"trust_remote_code": trust_remote_code, "token": token}

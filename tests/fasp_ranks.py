@@ -67,13 +67,15 @@ def main(folder: Path, samples: int) -> None:
     """Prune on two processes; each writes what it ended with."""
     torch.set_num_threads(1)
     strategy = DDPStrategy(process_group_backend="gloo")
-    trainer = trainer_of(callback(samples), devices=2, strategy=strategy)
+    fasp = callback(samples)
+    trainer = trainer_of(fasp, devices=2, strategy=strategy)
     module = PrunableLM.from_model(tiny_model("llama"))
     trainer.fit(module, datamodule=Windows())
     weights = {name: p.detach().clone() for name, p in module.model.named_parameters()}
     save_file(weights, folder / f"{samples}-{trainer.global_rank}.safetensors")
-    layout = json.dumps(module.layout.to_dict())
-    (folder / f"{samples}-{trainer.global_rank}.json").write_text(layout, encoding="utf-8")
+    result = {"layout": module.layout.to_dict(), "batches": len(fasp._batches(trainer))}
+    path = folder / f"{samples}-{trainer.global_rank}.json"
+    path.write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def batches(padded: bool = False) -> list[Batch]:
-    """Two full batches and one of another length; or padded on the right, with one full row."""
+def batches(padded: str = "") -> list[Batch]:
+    """Two full batches and one of another length; or padded on a side, with one full row."""
     generator = torch.Generator().manual_seed(2)
     result = []
     for rows, length in ((2, 12), (2, 12), (3, 9)):
@@ -31,7 +31,10 @@ def batches(padded: bool = False) -> list[Batch]:
         mask = torch.ones_like(ids)
         if padded:
             for row in range(1, rows):
-                mask[row, length - 2 * row - 1 :] = 0
+                pad = 2 * row + 1
+                mask[row, length - pad :] = 0
+                if padded == "left":
+                    mask[row] = mask[row].flip(0)
         result.append({"input_ids": ids * mask, "attention_mask": mask})
     return result
 
@@ -64,9 +67,9 @@ def setup(name: str) -> tuple[Any, Structure]:
     return model, Structure.of(model)
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("padded", ["", "right", "left"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_stream_is_the_models_own_hidden_states(name: str, padded: bool) -> None:
+def test_the_stream_is_the_models_own_hidden_states(name: str, padded: str) -> None:
     model, structure = setup(name)
     stream, layers = Stream(model, structure, batches(padded)), structure.layers(model)
     assert len(stream) == 3
@@ -84,14 +87,14 @@ def test_the_stream_is_the_models_own_hidden_states(name: str, padded: bool) -> 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_reader_shows_its_inputs_without_padding(name: str, axis: str) -> None:
     model, structure = setup(name)
-    stream = Stream(model, structure, batches(padded=True))
+    stream = Stream(model, structure, batches("right"))
     for layer in range(2):
         reader = model.get_submodule(structure.readers(model, axis, layer)[0].path)
         seen: list[Tensor] = []
         before = [hidden.clone() for hidden in stream.hidden]
         stream.observe(layer, reader, seen.append)
         assert all(torch.equal(a, b) for a, b in zip(stream.hidden, before, strict=True))
-        for x, batch in zip(seen, batches(padded=True), strict=True):
+        for x, batch in zip(seen, batches("right"), strict=True):
             found = literal(model, reader, batch)
             if found.dim() == 3:
                 found = found[batch["attention_mask"].bool()]
@@ -104,7 +107,7 @@ def test_a_reader_shows_its_inputs_without_padding(name: str, axis: str) -> None
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_padded_batch_gives_the_statistics_of_the_unpadded_one(name: str) -> None:
     model, structure = setup(name)
-    padded = batches(padded=True)
+    padded = batches("right")
     grams = []
     for data in (padded, [row for batch in padded for row in single(batch)]):
         stream = Stream(model, structure, data)
@@ -118,9 +121,9 @@ def test_a_padded_batch_gives_the_statistics_of_the_unpadded_one(name: str) -> N
     assert sum(batch["attention_mask"].sum() for batch in padded) == 2 * (12 + 9) + 9 + 6 + 4
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("padded", ["", "right", "left"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_played_attention_gives_the_same_stream(name: str, padded: bool) -> None:
+def test_played_attention_gives_the_same_stream(name: str, padded: str) -> None:
     model, structure = setup(name)
     plain, played = (Stream(model, structure, batches(padded)) for _ in range(2))
     attention = model.get_submodule(structure.readers(model, "group", 0)[0].path.rpartition(".")[0])

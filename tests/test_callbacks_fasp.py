@@ -183,4 +183,6 @@ def test_two_processes_choose_the_units_of_one(tmp_path: Path, samples: int) -> 
         assert torch.allclose(weights[0][name], parameter, atol=1e-3)
     for rank in (0, 1):
         text = (tmp_path / f"{samples}-{rank}.json").read_text(encoding="utf-8")
-        assert json.loads(text) == alone.layout.to_dict()
+        shares = {6: (2, 1), 2: (1, 0)}[samples]
+        expected = {"layout": alone.layout.to_dict(), "batches": shares[rank]}
+        assert json.loads(text) == expected

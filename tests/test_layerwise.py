@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -12,7 +11,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lit_prune import layerwise
 from lit_prune.allocation import Plan
@@ -21,10 +19,10 @@ from lit_prune.errors import UserError
 from lit_prune.layerwise import Ranks, Restoration, prune_layers
 from lit_prune.restoration import Gram
 from lit_prune.structure import Layout, Structure, settle
+from tests.literal_fasp import Batch, columns, literal
 from tests.structure.layouts import cuttable
 from tests.structure.tiny import FAMILIES, tiny_model
 
-Batch = dict[str, Tensor]
 #: Layers that lose other numbers, and a layer that loses none.
 REMOVED = {"group": [1, 0, 1], "query": [1, 0, 1], "channel": [7, 0, 11]}
 CASES = [
@@ -61,81 +59,6 @@ def pruned(
 
 def plan_for(*axes: str) -> Plan:
     return Plan({axis: REMOVED[axis] for axis in axes}, 0.0)
-
-
-def columns(model: nn.Module, path: str) -> Tensor:
-    """A linear module's weight as [outputs, inputs], to be written to."""
-    module = model.get_submodule(path)
-    weight = module.get_parameter("weight").data
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-def inputs_of(model: Any, path: str, data: list[Batch]) -> Tensor:
-    """What a module reads in plain forward passes of the whole model, [tokens, features]."""
-    seen: list[Tensor] = []
-    handle = model.get_submodule(path).register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].flatten(0, -2))
-    )
-    with torch.no_grad():
-        for batch in data:
-            model(input_ids=batch["input_ids"], use_cache=False)
-    handle.remove()
-    return torch.cat(seen)
-
-
-def literal(
-    model: Any, structure: Structure, plan: Plan, data: list[Batch], restoration: Restoration
-) -> list[dict[str, list[Any]]]:
-    """Zero the columns that go, layer by layer, and restore the others; the kept units."""
-    result = []
-    for layer, sizes in enumerate(structure.widths.layers):
-        kept_units: dict[str, list[Any]] = {}
-        for axis in ("group", "query", "channel"):
-            count = plan.removed.get(axis, [0, 0, 0])[layer]
-            if not count:
-                continue
-            path = structure.readers(model, axis, layer)[0].path
-            x, weight = inputs_of(model, path, data), columns(model, path)
-            scores = [
-                float(x[:, j].square().sum().sqrt() * weight[:, j].abs().sum())
-                for j in range(x.shape[1])
-            ]
-            units = list(range(x.shape[1]))  # the unit of each column
-            if axis != "channel":
-                head = sizes["value"] * (sizes["query"] if axis == "group" else 1)
-                units = [j // head for j in range(x.shape[1])]
-            totals = dict.fromkeys(units, 0.0)
-            for unit, score in zip(units, scores, strict=True):
-                totals[unit] += score
-            gone: set[int] = set()
-            per = sizes["query"] if axis == "query" else len(totals)
-            for first in range(0, len(totals), per):  # the same number from each group
-                gone |= set(sorted(range(first, first + per), key=totals.__getitem__)[:count])
-            stay = [u for u in sorted(totals) if u not in gone]
-            kept_units[axis] = stay
-            if axis == "query":
-                rows = itertools.groupby(stay, key=lambda u: u // per)
-                kept_units[axis] = [[u % per for u in row] for _, row in rows]
-            keep = [j for j, unit in enumerate(units) if unit not in gone]
-            new = restored(weight, x, keep, restoration)
-            weight.zero_()
-            weight[:, keep] = new
-        result.append(kept_units)
-    return result
-
-
-def restored(weight: Tensor, x: Tensor, keep: list[int], how: Restoration) -> Tensor:
-    """Equation 8 of FASP with an inverse, or our ridge; x is [tokens, features]."""
-    if not how.enabled:
-        return weight[:, keep].clone()
-    x = x.T
-    removed = [j for j in range(len(x)) if j not in keep]
-    square = x[keep] @ x[keep].T
-    mean = sum(float(square[i, i]) for i in range(len(keep))) / len(keep)
-    inverse = torch.linalg.inv(square + how.delta * mean * torch.eye(len(keep), dtype=x.dtype))
-    if how.ridge == "zero":
-        return weight @ x @ x[keep].T @ inverse
-    return weight[:, keep] + weight[:, removed] @ x[removed] @ x[keep].T @ inverse
 
 
 @torch.no_grad()
@@ -312,6 +235,9 @@ def test_what_is_not_finite_is_an_error(place: str, text: str, value: float) -> 
 
 def test_the_mode_and_gradients_are_left_as_they_were() -> None:
     model = tiny_model("gpt2").train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
     model.get_submodule("transformer.h.1").eval()
     model.get_parameter("transformer.wte.weight").requires_grad_(False)
     modes = {name: module.training for name, module in model.named_modules()}
@@ -320,9 +246,11 @@ def test_the_mode_and_gradients_are_left_as_they_were() -> None:
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"transformer.wte.weight"}
     assert all(p.is_leaf and p.grad_fn is None for p in model.parameters())
-    # dropout would have made another decision
-    again, _ = pruned(tiny_model("gpt2"), plan_for("group", "channel"))
+    still = tiny_model("gpt2")
+    again, _ = pruned(still, plan_for("group", "channel"))
     assert again.to_dict() == layout.to_dict()
+    weights = zip(model.parameters(), still.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights), "dropout would give others"
 
 
 def test_processes_add_their_statistics_and_take_one_decision() -> None:

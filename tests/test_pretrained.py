@@ -179,7 +179,7 @@ def test_bad_local_sources(tmp_path: Path, model: Any) -> None:
         ({"model_type": "mine"}, "model type `mine`"),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "a.B"}}, "trust_remote_code"),
         ({"model_type": "gemma3"}, "text-only"),
-        ({"model_type": "t5"}, "Unrecognized configuration"),
+        ({"model_type": "t5"}, "known family"),
         ({"model_type": "llama", "hidden_size": 9, "num_attention_heads": 2}, "not a multiple"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "quantized"),
         ({"model_type": "lit_pruned_llama", "lit_prune": {"version": 7}}, "format"),

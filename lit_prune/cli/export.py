@@ -99,7 +99,7 @@ def _report(run: Path, module: PrunableLM, steps: int) -> dict[str, Any] | None:
     """The run's report, if it is of this very model; an earlier fit may have left another."""
     try:
         report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-        final = report["models"]["pruned" if module.adapter is None else "recovered"]
+        final = report["models"]["recovered" if steps else "pruned"]
         found = (final["parameters"], report["sparsity"], report["protocol"]["recovery_steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -82,7 +82,7 @@ def call_function(function: Callable[..., Any], argv: Sequence[str], name: str) 
 
 def _switched(argv: Sequence[str], switches: set[str]) -> list[str]:
     """Add the value that a switch stands for where it is given alone."""
-    followers = [*argv[1:], ""]
+    followers = [*argv, ""][1:]
     return [
         f"{word}=true" if word in switches and follower.lower() not in _TRUTHS else word
         for word, follower in zip(argv, followers, strict=True)

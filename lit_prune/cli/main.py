@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 import lit_prune
 from lit_prune.cli.parser import OneLineErrors
@@ -110,6 +111,7 @@ class PruneCLI(LightningCLI):
             super().parse_arguments(parser, args)
         command = self.config.subcommand
         config = self.config[command]
+        _check_numbers(config)
         if command == "fit":
             if config.no_recovery:
                 config.trainer.max_steps = 0
@@ -162,6 +164,11 @@ class PruneCLI(LightningCLI):
                 f"expected options that Lightning's Trainer accepts: {error}"
             ) from error
         strategy = trainer.strategy
+        if isinstance(strategy.launcher, _MultiProcessingLauncher):
+            raise UserError(
+                "expected a strategy whose processes each run the command, such as ddp, got "
+                f"{config['strategy']}, which would leave the pruned model in its workers"
+            )
         plain = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
         if plain and type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = AtomicCheckpointIO()
@@ -213,6 +220,17 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
     for category in (DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
+
+
+def _check_numbers(config: Any) -> None:
+    """Refuse what the libraries answer with a traceback."""
+    seed, accumulated = config.seed_everything, config.trainer.accumulate_grad_batches
+    if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed < 2**32:
+        raise UserError(f"expected --seed_everything from 0 to {2**32 - 1}, got {seed}")
+    if accumulated < 1:
+        raise UserError(
+            f"expected --trainer.accumulate_grad_batches of at least 1, got {accumulated}"
+        )
 
 
 def _protocol(data: Any, role: str) -> dict[str, Any]:

@@ -6,6 +6,8 @@ A line names the dimensions of a module in the direction the data flows::
 
 Parentheses join factors into one dimension, slowest first, as in einops; ``+`` joins segments one
 after the other; a number is a factor that is never cut. A norm has a single dimension and no arrow.
+
+Indices are kept on the CPU, whatever device is the default while a model is cut.
 """
 
 from __future__ import annotations
@@ -151,17 +153,15 @@ def members(axis: str, sizes: Mapping[str, int], keep: Mapping[str, Tensor]) -> 
     Returns:
         [units], or [groups, units] for `query` and `value` (no unit of a group that goes is kept).
     """
-    kept = torch.as_tensor(keep[axis], dtype=torch.long)
     if axis not in PER_GROUP:
         member = torch.zeros(sizes[axis], dtype=torch.bool, device="cpu")
-        member[kept] = True
+        member[keep[axis]] = True
         return member
     groups = keep.get("group")
-    groups = (
-        torch.arange(sizes["group"], device="cpu") if groups is None else torch.as_tensor(groups)
-    )
+    if groups is None:
+        groups = torch.arange(sizes["group"], device="cpu")
     member = torch.zeros(sizes["group"], sizes[axis], dtype=torch.bool, device="cpu")
-    member[groups[:, None], kept] = True
+    member[groups[:, None], keep[axis]] = True
     return member
 
 

@@ -133,16 +133,20 @@ class Layout:
         layers = []
         for entry in data["layers"]:
             keep = {
-                axis: torch.tensor([unranges(row) for row in kept])
+                axis: _indices([unranges(row) for row in kept])
                 if axis in PER_GROUP
-                else torch.tensor(unranges(kept))
+                else _indices(unranges(kept))
                 for axis, kept in entry.items()
                 if axis != "source"
             }
             layers.append(LayerUnits(entry["source"], keep))
-        hidden = None if data["hidden"] is None else torch.tensor(unranges(data["hidden"]))
+        hidden = None if data["hidden"] is None else _indices(unranges(data["hidden"]))
         of = Widths(dict(data["of"]["shared"]), [dict(x) for x in data["of"]["layers"]])
         return cls(of, hidden, tuple(layers))
+
+
+def _indices(values: Sequence[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.long, device="cpu")
 
 
 def _join(

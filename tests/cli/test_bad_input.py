@@ -336,3 +336,38 @@ def test_stock_with_protected_layers(workspace: Workspace, tmp_path: Path, refus
     refused("fit", "--config", config, "--stock", words="no protected layers under --stock")
     config = workspace.config(tmp_path / "y.yaml", fasppruning={"protected_layers": [7]})
     refused("fit", "--config", config, words="protected layers from 0 to 2, got 7")
+
+
+def test_numbers_that_can_not_be(workspace: Workspace, tmp_path: Path, refused: Check) -> None:
+    fit = ("fit", "--config", workspace.config(tmp_path / "x.yaml"))
+    refused(*fit, "--model.learning_rate", "-1", words="of at least 0 and warmup from 0 to 1")
+    refused(*fit, "--model.warmup", "2", words="warmup from 0 to 1, got 0.01, 0 and 2")
+    refused(*fit, "--seed_everything", "-1", words="--seed_everything from 0 to 4294967295, got -1")
+    refused(*fit, "--trainer.accumulate_grad_batches", "0", words="of at least 1, got 0")
+    refused(*fit, "--trainer.max_steps", "-5", words="`max_steps` must be a non-negative integer")
+    refused(*fit, "--data.batch_size", "0", words="expected batch_size of at least 1, got 0")
+    refused(*fit, "--sparsity", "1.5", words="sparsity from 0 to below 1, got 1.5")
+    spawn = ("--trainer.strategy", "ddp_spawn", "--trainer.devices", "2")
+    refused(*fit, *spawn, words="such as ddp, got ddp_spawn")
+    for callback, arguments, words in (
+        ("fasppruning", {"samples": 0}, "expected samples of at least 1, got 0"),
+        ("fasppruning", {"delta": 0}, "expected a delta above 0, got 0"),
+        ("lorarecovery", {"rank": 0}, "expected LoRA with rank >= 1"),
+        ("distillation", {"task": 0.0, "kl": 0.0}, "weights of at least 0, one of them above"),
+        ("distillation", {"temperature": 0.0}, "expected a temperature above 0, got 0"),
+        ("gainlossreport", {"rounds": -1}, "expected rounds of at least 0"),
+    ):
+        other = workspace.config(tmp_path / "y.yaml", **{callback: arguments})
+        refused("fit", "--config", other, words=words)
+
+
+def test_texts_that_can_not_be(workspace: Workspace, tmp_path: Path, refused: Check) -> None:
+    fit = ("fit", "--config", workspace.config(tmp_path / "x.yaml"), "--data.train")
+    for name, content, words in (
+        ("bytes.txt", b"\xff\xfe\x00w1", "expected UTF-8 text in bytes.txt"),
+        ("empty.txt", b" \n", "expected some text in empty.txt, got none"),
+        ("table.csv", b"w1,w2", "expected a text with one of the suffixes .txt, .md, .jsonl"),
+        ("half.jsonl", b'{"text": "w1"}\n{"te', "JSON in half.jsonl, got an error in line 2"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        refused(*fit, str(tmp_path / name), words=words)

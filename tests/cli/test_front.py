@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -106,3 +107,12 @@ def test_shipped_configs_are_found_beside_the_package() -> None:
     assert {path.name for path in front.shipped_configs().values()} == {
         path.name for path in folder.glob("*.yaml")
     }
+
+
+def test_idle_threads_do_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    front._set_environment()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    front._set_environment()
+    assert os.environ["OMP_WAIT_POLICY"] == "active"

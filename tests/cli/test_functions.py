@@ -57,6 +57,24 @@ def test_mistakes_are_one_line(
     assert words in err
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--json"], (True, False, "m")),
+        (["--json", "--stock"], (True, True, "m")),
+        (["--json", "true", "--stock=yes"], (True, True, "m")),
+        (["--json", "false"], (False, False, "m")),
+        (["--stock", "--name", "false"], (False, True, "false")),
+    ],
+)
+def test_a_switch_may_stand_alone(words: list[str], expected: tuple[object, ...]) -> None:
+    def switches(*, json: bool = False, stock: bool = False, name: str = "m") -> Any:
+        """Return them."""
+        return json, stock, name
+
+    assert call_function(switches, words, "x") == expected
+
+
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_function(export, ["--help"], "export") == 0
     out = capsys.readouterr().out

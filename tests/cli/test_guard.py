@@ -154,3 +154,20 @@ def test_another_rank_is_silent_when_its_launcher_failed_too() -> None:
         [sys.executable, "-c", parent], capture_output=True, text=True, env=dict(os.environ)
     )
     assert done.stderr == ""
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    """As with `lit-prune inspect MODEL --json | head`."""
+    code = (
+        "import sys; from lit_prune.cli.guard import guarded\n"
+        "sys.exit(guarded(lambda: [print('line ' * 100) for _ in range(2000)]))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0

@@ -106,6 +106,21 @@ def test_a_sum_inside_a_product_lies_within_each_group() -> None:
     assert dim.positions(sizes, {"query": torch.tensor([[1], [0]])}).tolist() == [1, 2, 3, 4, 6, 7]
 
 
+def test_indices_stay_on_the_cpu_whatever_the_default_device_is() -> None:
+    dim = parse("(group (query + 1 + 1) head_dim) + (channel)").writes
+    sizes = {"group": 2, "query": 3, "head_dim": 2, "channel": 4}
+    keep = {"query": torch.tensor([[1], [0]]), "channel": torch.tensor([0, 3])}
+    values = torch.arange(24.0)
+    expected = [dim.positions(sizes, kept) for kept in (keep, {**keep, "group": torch.arange(2)})]
+    sums = dim.reduce(values, "query", sizes)
+    with torch.device("meta"):
+        assert torch.equal(dim.positions(sizes, keep), expected[0])
+        assert torch.equal(
+            dim.positions(sizes, {**keep, "group": torch.arange(2, device="cpu")}), expected[1]
+        )
+        assert torch.equal(dim.reduce(values, "query", sizes), sums)
+
+
 def test_expected_sizes_can_be_differentiated() -> None:
     sizes = {
         "group": torch.tensor(2.0, requires_grad=True),

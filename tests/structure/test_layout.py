@@ -112,6 +112,18 @@ def test_cutting_nothing_changes_nothing(layout: Layout) -> None:
     assert plain(before) == plain(after) == plain(layout)
 
 
+def test_indices_stay_on_the_cpu_whatever_the_default_device_is() -> None:
+    of = Widths({"hidden": 4}, [{"channel": 3, "group": 2, "query": 3}])
+    layout = Layout.full(of).replace_layer(0, {"query": torch.tensor([[0, 2], [1, 2]])})
+    with torch.device("meta"):
+        read = Layout.from_dict(layout.to_dict())
+        grouped = Layout.full(of).replace_layer(0, {"group": torch.tensor([1], device="cpu")})
+        left = {"query": torch.tensor([[1]], device="cpu")}
+        joint = grouped.then(Layout.full(grouped.widths()).replace_layer(0, left))
+    assert plain(read) == plain(layout)
+    assert joint.layers[0].keep["query"].tolist() == [[1]]
+
+
 def test_replacing_a_layer_leaves_the_others() -> None:
     of = Widths({"hidden": 4}, [{"channel": 3}, {"channel": 3}])
     layout = Layout.full(of).replace_layer(1, {"channel": torch.tensor([0, 2])})

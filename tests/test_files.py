@@ -1,0 +1,83 @@
+"""Folders appear whole, and with the modes that the user's umask gives."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lit_prune.errors import UserError
+from lit_prune.files import folder_errors, follow_umask, written_at_once
+
+
+@pytest.fixture
+def umask() -> Iterator[int]:
+    before = os.umask(0o027)
+    yield 0o027
+    os.umask(before)
+
+
+def modes(folder: Path) -> set[int]:
+    return {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    out = tmp_path / "out"
+    with written_at_once(out) as folder:
+        (folder / "inner").mkdir()
+        (folder / "a").write_text("x")
+        save_file({"x": torch.ones(2)}, folder / "inner" / "x.safetensors")
+        (folder / "private").touch(0o600)
+    assert modes(out) == {0o666 & ~umask}
+    assert os.umask(umask) == umask  # asked for, not changed
+    (out / "a").chmod(0o600)
+    follow_umask(out / "a")
+    assert modes(out) == {0o666 & ~umask}
+
+
+def test_a_folder_is_replaced_at_once(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    with written_at_once(out) as folder:
+        (folder / "new").touch()
+        assert [path.name for path in out.iterdir()] == ["old"]
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/new"]
+
+
+def test_after_an_error_everything_is_as_before(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+
+    def write(folder: Path) -> None:
+        (folder / "new").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), written_at_once(out) as folder:
+        write(folder)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/old"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "enough disk space to write /x"),
+        (errno.EFBIG, "enough disk space to write /x"),
+        (errno.EACCES, "expected a folder that can be written for /x"),
+        (errno.EEXIST, "expected a folder that can be written for /x"),
+    ],
+)
+def test_disk_errors_are_the_users(number: int, words: str) -> None:
+    with pytest.raises(UserError, match=words), folder_errors(Path("/x")):
+        raise OSError(number, os.strerror(number))
+
+
+def test_other_errors_are_not() -> None:
+    with pytest.raises(OSError, match="Bad"), folder_errors(Path("/x")):
+        raise OSError(errno.EBADF, "Bad file descriptor")
