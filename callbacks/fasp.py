@@ -68,6 +68,11 @@ class FASPPruning(Callback):
                 activations are not finite.
         """
         if pl_module.phase != "dense":
+            if not pl_module.resumed:
+                raise UserError(
+                    f"expected a dense model to prune, got one in phase {pl_module.phase!r}; list "
+                    "FASPPruning before LoRARecovery, and give each fit a new module"
+                )
             return
         plan = self.plan(pl_module)
         batches = self._batches(trainer)
@@ -88,13 +93,14 @@ class FASPPruning(Callback):
             stock=pl_module.stock,
         )
 
-    def _batches(self, trainer: Trainer) -> list[dict[str, Tensor]]:
+    def _batches(self, trainer: Any) -> list[dict[str, Tensor]]:
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "calibration_batches"):
             raise UserError(
                 "expected a data module with calibration_batches(samples, length, batch_size), "
                 f"got {type(data).__name__}; use lit_prune.TextDataModule or add that method"
             )
+        trainer.lightning_module.check_length(self.length, "calibration windows")
         batches = data.calibration_batches(self.samples, self.length, self.batch_size)
         return batches[trainer.global_rank :: trainer.world_size]
 

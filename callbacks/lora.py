@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
 
+from lit_prune.errors import UserError
+
 
 class LoRARecovery(Callback):
     """Attaches LoRA once the model is pruned; it is merged in float32 at the end of the fit.
@@ -52,6 +54,8 @@ class LoRARecovery(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Attach the adapters, unless the fit resumes with them or does not train at all."""
+        if pl_module.phase == "done" and not pl_module.resumed:
+            raise UserError("expected a model to train, got a finished one; make a new module")
         if pl_module.phase in {"dense", "pruned"} and not trainer.fit_loop.skip:
             pl_module.recut(trainer, lambda: pl_module.attach_adapter(**self.options))
 

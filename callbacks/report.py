@@ -91,8 +91,8 @@ class GainLossReport(Callback):
     def _measure_speed(self, trainer: Trainer, pl_module: Any) -> None:
         try:
             dense = pl_module.require_teacher()
-        except UserError:  # a model given in memory; its dense form is gone
-            self.notes.append("speed was not measured: the dense model is not at hand any more")
+        except UserError as error:  # such as a model given in memory whose dense form is gone
+            self.notes.append(f"speed was not measured: {error}")
             return
         tokens = next(iter(_data(trainer).val_dataloader()))["input_ids"][:1, : self.length]
         models = {"dense": dense, "final": pl_module.model}

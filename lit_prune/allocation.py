@@ -120,6 +120,11 @@ def _check(widths: Widths, sparsity: float, axes: Sequence[str], protected: Sequ
     for axis in axes:
         if axis not in _ORDER:
             raise UserError(f"expected axes out of {', '.join(_ORDER)}, got {axis!r}")
+        if all(sizes[axis] == 1 for sizes in widths.layers):
+            raise UserError(
+                f"expected an axis with units to spare, got {axis!r}, of which each layer has one; "
+                f"choose another, or channels alone"
+            )
     if len(heads := [axis for axis in _ORDER[:-1] if axis in axes]) > 1:
         raise UserError(  # what a unit of one costs would depend on how many of another go
             f"expected at most one of {', '.join(_ORDER[:-1])}, got {' and '.join(heads)}; "

@@ -19,8 +19,9 @@ class _Stop(Exception):
 class Stream:
     """The hidden states of calibration batches before some layer, and how layers are called.
 
-    Only the stream itself is kept: a [batch, tokens, hidden] tensor for each batch, in the model's
-    dtype. Masks and position embeddings are held once where batches share them.
+    The stream is a [batch, tokens, hidden] tensor for each batch, in the model's dtype; while the
+    FFN of a layer is pruned, the outputs of its attention are kept too, as large again. Masks and
+    position embeddings are held once where batches share them.
 
     Args:
         model: A causal language model.

@@ -187,7 +187,7 @@ def perplexity(
             }
             logits = model(**inputs, use_cache=False).logits
             nll = token_nll(logits, batch["labels"].to(logits.device))
-            value = nll.double().sum().item()
+            value = nll.cpu().double().sum().item()  # not every device has float64
             _require_finite(value, index, progress)
             total, count = total + value, count + nll.numel()
     if not count:

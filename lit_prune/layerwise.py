@@ -60,7 +60,7 @@ def prune_layers(
 ) -> Layout:
     """Prune a model in place with FASP, layer by layer; each layer sees the pruned one before it.
 
-    At no time is there more than one Gram matrix in memory beside the stream.
+    At no time is there more than one Gram matrix in memory beside the stream (see `Stream`).
 
     Source: "FASP: Fast and Accurate Structured Pruning of Large Language Models", section 3.
 

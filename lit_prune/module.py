@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_prune import recovery, state
@@ -87,6 +88,8 @@ class PrunableLM(LightningModule):
         self.structure: Structure
         self.layout: Layout
         self.phase: Phase = "dense"
+        #: Whether the phase comes from a checkpoint.
+        self.resumed = False
         self.adapter: dict[str, Any] | None = None
         #: What was done, step by step, as plain types; `lineage` is of models it started from.
         self.history: list[dict[str, Any]] = []
@@ -134,6 +137,25 @@ class PrunableLM(LightningModule):
         """Entries of the model's embedding, once there is a model."""
         return None if self.model is None else self.model.config.vocab_size
 
+    def check_length(self, tokens: int, what: str) -> None:
+        """Refuse windows longer than the model has positions for, and warn where it has no table.
+
+        Args:
+            tokens: Their length.
+            what: What they are, for the message.
+
+        Raises:
+            UserError: The model looks positions up in a table that is shorter.
+        """
+        config = self.model.config
+        limit = getattr(config, "max_position_embeddings", None) or tokens
+        if tokens <= limit:
+            return
+        message = f"expected {what} of at most {limit} tokens, the model's context, got {tokens}"
+        if "position" in self.structure.widths.shared:
+            raise UserError(f"{message}; set a shorter length")
+        rank_zero_warn(f"{message}: the figures will say little")
+
     @property
     def teacher(self) -> nn.Module | None:
         """The dense model, if `keep_teacher` was set before the first cut."""
@@ -162,7 +184,8 @@ class PrunableLM(LightningModule):
         self.is_stock = widths is None or settle(model, self.structure, self.layout)
         data: Any = getattr(self._trainer, "datamodule", None)
         if hasattr(data, "check") and self.trainer.training:
-            data.check("fit")  # before anything is cut, and now with the vocabulary's size
+            with torch.device("cpu"):  # Lightning calls this under the device of the model
+                data.check("fit")  # before anything is cut, and now with the vocabulary's size
 
     def _adopt(self, model: Any, widths: Widths | None = None) -> None:
         self.structure = Structure.of(model, widths)
@@ -351,9 +374,7 @@ class PrunableLM(LightningModule):
         """AdamW over what is trained, with a linear warm-up and a cosine to zero."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, **self.optimization)
-        steps = self.trainer.max_steps
-        if steps < 0:
-            steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.max_steps and int(self.trainer.estimated_stepping_batches)
         schedule = warmup_cosine(optimizer, max(steps - self.first_step, 1), self.warmup)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 

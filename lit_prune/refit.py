@@ -7,6 +7,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from lit_prune.errors import UserError
 
 T = TypeVar("T")
 
@@ -23,8 +26,22 @@ def refit(trainer: Trainer, change: Callable[[], T]) -> T:
 
     Returns:
         What `change` returns.
+
+    Raises:
+        UserError: The strategy can't do it, or gradients are being accumulated.
     """
     strategy = trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise UserError(
+            "expected one device or the ddp strategy for a model that changes its shape, got "
+            f"{type(strategy).__name__}; use --trainer.strategy ddp"
+        )
+    loop = trainer.fit_loop
+    if loop.epoch_loop.batch_progress.current.ready and loop._should_accumulate():
+        raise UserError(
+            "expected a cut after an optimizer step, got one while gradients are accumulated; cut "
+            "when trainer.global_step has just risen"
+        )
     strategy.model = strategy.lightning_module  # drops a DDP wrapper
     with (
         torch.inference_mode(False),

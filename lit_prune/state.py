@@ -58,4 +58,4 @@ def load(module: Any, state: Mapping[str, Any] | None) -> None:
         setattr(module, name, state[name])
     if state["phase"] == "recovery":
         module.attach_adapter(**state["adapter"])
-    module.phase = state["phase"]
+    module.phase, module.resumed = state["phase"], True

@@ -20,4 +20,5 @@ export HF_HUB_OFFLINE=1
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/basedpyright" --pythonpath "$venv/bin/python"
-exec "$venv/bin/python" -m pytest ${arguments[@]+"${arguments[@]}"}
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # two processes of one thread each suit tiny models
+exec "$venv/bin/python" -m pytest -n 2 --dist loadfile ${arguments[@]+"${arguments[@]}"}

@@ -66,6 +66,7 @@ def test_the_target_is_met_within_one_unit(
     layers: Any, axes: tuple[str, ...], protected: tuple[int, ...], share: float
 ) -> None:
     widths = widths_of(layers)
+    assume(all(any(sizes[axis] > 1 for sizes in layers) for axis in axes))
     total, costs = decoder(widths), unit_costs(widths, axes, protected)
     bare = widths.copy()
     for axis, layer in itertools.product(axes, set(range(3)) - set(protected)):
@@ -176,6 +177,7 @@ def test_protected_layers_raise_the_share_of_the_others() -> None:
 def test_stock_takes_the_same_number_everywhere(
     channels: int, groups: int, axes: tuple[str, ...], target: float
 ) -> None:
+    assume(groups > 1 or "group" not in axes)
     widths, bare = same(channels, groups), same(channels, groups)
     total, costs = decoder(widths), unit_costs(widths, axes, ())
     for axis, sizes in itertools.product(axes, bare.layers):
@@ -222,6 +224,14 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(UserError, match=re.escape(text)) as caught:
         uniform(LABELS, same(), sparsity, axes, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_an_axis_of_single_units_is_refused() -> None:
+    widths = same(group=1)
+    with pytest.raises(UserError, match="units to spare, got 'group'"):
+        uniform(LABELS, widths, 0.1, ["group", "channel"])
+    widths.layers[2]["group"] = 2
+    assert uniform(LABELS, widths, 0.2, ["group", "channel"]).removed["group"][:2] == [0, 0]
 
 
 def test_stock_needs_layers_of_one_width() -> None:

@@ -106,6 +106,12 @@ def test_a_resumed_fit_is_not_pruned_again(tmp_path: Path) -> None:
     assert_same(again.model, dict(first.model.named_parameters()))
 
 
+def test_a_pruned_module_is_not_pruned_in_a_second_fit() -> None:
+    module = fitted(callback())
+    with pytest.raises(UserError, match=r"expected a dense model to prune, got .*'pruned'"):
+        trainer_of(callback()).fit(module, datamodule=Windows())
+
+
 def test_stock_gives_every_layer_the_same_widths() -> None:
     module = fitted(callback(sparsity=0.5, attention="query"), stock=True)
     assert module.is_stock

@@ -108,7 +108,7 @@ def test_loading_depends_on_the_class():
 def test_lineage_is_kept_in_order():
     lineage = [
         {"base": "owner/name", "method": "FASP", "sparsity": {"decoder": 0.2000001, "total": 0.1}},
-        {"base": "/root/runs/first/pruned", "method": "magnitude"},
+        {"base": "/home/someone/runs/first/pruned", "method": "magnitude"},
     ]
     card = make_card(lineage=lineage)
     assert "1. base owner/name, method FASP, sparsity (decoder 0.2, total 0.1)\n" in card

@@ -168,6 +168,10 @@ class TextDataModule(LightningDataModule):
         Raises:
             UserError: A part has no window, or training has no batch.
         """
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        if getattr(module, "model", None) is not None and hasattr(module, "check_length"):
+            module.check_length(self.window, "evaluation windows (data.window)")
+            module.check_length(self.length, "training windows (data.length)")
         if stage == "fit" and self._trains():
             self._train_data()
         self._held_out("test" if stage == "test" else "validation")

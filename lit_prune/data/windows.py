@@ -92,7 +92,7 @@ class RowDataset(Dataset[Batch]):
         self.prompts = tokens.prompts
         self.length = length
         lengths = self.offsets.diff().clamp(max=length)
-        chosen = torch.arange(span.start, span.stop)
+        chosen = torch.arange(span.start, span.stop, device="cpu")
         chosen = chosen[self.prompts[chosen] < lengths[chosen]]
         if limit is not None:
             within = int((lengths[chosen].cumsum(0) <= limit).sum())

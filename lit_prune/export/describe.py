@@ -27,7 +27,6 @@ def card_of(module: Any, name: str) -> str:
         },
         load_lines(name, stock=module.is_stock),
         module.is_stock,
-        license=getattr(module.model.config, "license", None),
     )
 
 
