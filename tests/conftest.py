@@ -11,6 +11,7 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # as the command sets it
 
 # code of checkpoints is copied here before it runs; processes of a test run must not share it
 _MODULES = tempfile.mkdtemp(prefix="modules-")
