@@ -19,6 +19,16 @@ from lit_prune.restore import model_options, restore
 from lit_prune.structure.counting import count_actual
 
 BASE, ADAPTER = "base", "adapter"
+_ADAPTER_APART = f"""
+## The adapter
+
+What the recovery learned is not in these weights but in the adapter beside this folder:
+
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(model, "{ADAPTER}")
+```
+"""
 
 
 def export_run(
@@ -92,7 +102,7 @@ def _export_apart(
             save_adapter(module.model, folder / ADAPTER, base=BASE)
             remove_lora(module.model)
             module.report = report
-            module.export(folder / BASE, card_of(module, BASE))
+            module.export(folder / BASE, card_of(module, BASE) + _ADAPTER_APART)
 
 
 def _report(run: Path, module: PrunableLM, steps: int) -> dict[str, Any] | None:

@@ -144,6 +144,7 @@ def _set_environment() -> None:
     if not sys.stderr.isatty():  # their bars would be lines in a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def _dispatch(command: str, args: list[str]) -> int:
