@@ -2,9 +2,9 @@
 
 This file travels with the checkpoint: it needs torch and transformers, nothing else. `config.json`
 holds the uncut model's config and, under `lit_prune`, what differs: the shapes of parameters, the
-sizes that modules remember, config fields of single layers, and the heads that are left where each
-head has a position bias of its own (ALiBi). The stock class is built first, then resized; its
-forward pass is used as it is.
+sizes that modules remember, config fields of single layers, the heads that are left where each
+head has a position bias of its own (ALiBi), and values that are narrower than keys. The stock class
+is built first, then resized; its forward pass is used as it is.
 """
 
 from __future__ import annotations
@@ -74,6 +74,100 @@ def select_heads(
     return args, kwargs
 
 
+def narrow_values(
+    module: nn.Module, *, writer: str, reader: str, before: int, value: int, head_dim: int
+) -> None:
+    """Let an attention module run with values narrower than its keys.
+
+    Its code cuts all that it gets into heads of `head_dim`. So what V writes is padded with zeros,
+    which attention leaves zeros, and O reads the first `value` features of each head.
+
+    Args:
+        module: The attention module; an earlier choice is replaced.
+        writer: Name in it of the module that writes values: V, or one with other things in front.
+        reader: Name in it of the module that reads what attention makes of them: O.
+        before: Features that `writer` writes before the values.
+        value: Features of a head that `writer` writes and `reader` reads.
+        head_dim: Features of a head in between.
+    """
+    if getattr(module, "lit_prune_values", None) is None:
+        module.register_forward_pre_hook(place_value_hooks)
+    setattr(  # noqa: B010 - the type of Module has no such name
+        module,
+        "lit_prune_values",
+        {
+            "writer": writer,
+            "reader": reader,
+            "before": before,
+            "value": value,
+            "head_dim": head_dim,
+        },
+    )
+    place_value_hooks(module)
+
+
+def place_value_hooks(module: Any, args: Any = ()) -> None:
+    """Forward pre-hook: put the hooks on the modules that stand at the two names now.
+
+    An adapter such as LoRA adds to V's output and reads O's input beside the module that it wraps,
+    so the hooks must sit on the wrapper while there is one, and on the module itself before and
+    after. They come first, so that other hooks see O's input as O gets it.
+
+    Args:
+        module: The attention module, prepared by `narrow_values`.
+        args: Its arguments, which stay.
+    """
+    record = module.lit_prune_values
+    writer, reader = (module.get_submodule(record[name]) for name in ("writer", "reader"))
+    if _hooked(writer._forward_hooks, record) and _hooked(reader._forward_pre_hooks, record):
+        return
+    for part in module.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if hasattr(hook, "lit_prune_values")]:
+                del hooks[key]
+    writer.register_forward_hook(PadValues(record), prepend=True)
+    reader.register_forward_pre_hook(TakeValues(record), prepend=True)
+
+
+def _hooked(hooks: dict[int, Any], record: dict[str, Any]) -> bool:
+    return any(getattr(hook, "lit_prune_values", None) == record for hook in hooks.values())
+
+
+class PadValues:
+    """Forward hook: append zeros to the values [..., before + heads * value] of each head.
+
+    Args:
+        record: As of `narrow_values`.
+    """
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self.lit_prune_values = dict(record)
+
+    def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        """Return [..., before + heads * head_dim]."""
+        before, value = self.lit_prune_values["before"], self.lit_prune_values["value"]
+        missing = self.lit_prune_values["head_dim"] - value
+        values = output[..., before:].unflatten(-1, (-1, value))
+        padded = nn.functional.pad(values, (0, missing)).flatten(-2)
+        return torch.cat([output[..., :before], padded], dim=-1) if before else padded
+
+
+class TakeValues:
+    """Forward pre-hook: of each head's features [..., heads * head_dim] take the first `value`.
+
+    Args:
+        record: As of `narrow_values`.
+    """
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self.lit_prune_values = dict(record)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments with [..., heads * value] as the first."""
+        heads = args[0].unflatten(-1, (-1, self.lit_prune_values["head_dim"]))
+        return (heads[..., : self.lit_prune_values["value"]].flatten(-2), *args[1:])
+
+
 def resize(model: nn.Module, record: dict[str, Any]) -> None:
     """Give a freshly built stock model the sizes of the cut one.
 
@@ -102,6 +196,8 @@ def resize(model: nn.Module, record: dict[str, Any]) -> None:
                 setattr(module, name, tuple(value) if is_tuple else value)
         if "lit_prune_heads" in values:
             keep_heads(module, values["lit_prune_heads"], values["lit_prune_dense_heads"])
+        if "lit_prune_values" in values:
+            narrow_values(module, **values["lit_prune_values"])
 
 
 def _reshape(module: nn.Module, name: str, shape: list[int] | None) -> None:

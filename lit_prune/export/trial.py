@@ -28,6 +28,7 @@ _RUNTIME_FIELDS = frozenset({"lit_prune", "auto_map", "architectures", "transfor
 #: What exports, quantizers and GGUF files leave on a config; its class knows its model_type.
 _NOT_STOCK = ("lit_prune", "auto_map", "model_type", "quantization_config", "_model_name_or_path")
 _HEADS = ("lit_prune_heads", "lit_prune_dense_heads")
+_VALUES = "lit_prune_values"
 
 
 @dataclass
@@ -63,8 +64,8 @@ def differences(model: Any, config: Any) -> list[str]:
         config: The stock config proposed for it.
 
     Returns:
-        The differences in parameter shapes, remembered sizes, per-layer configs, kept heads, ties
-        and classes, or the reason why no model can be built. Empty: the model is stock.
+        The differences in parameter shapes, remembered sizes, per-layer configs, hooks of ours,
+        ties and classes, or the reason why no model can be built. Empty: the model is stock.
     """
     try:
         trial = stock_trial(model, config)
@@ -133,7 +134,7 @@ def compare(model: Any, trial: Any) -> Comparison:
             found.other.append(f"{path or 'model'}: {kinds}")
             continue
         _compare_tensors(path, module, other, found)
-        values = dict(_attributes(module, other)) | dict(_heads(module, other))
+        values = dict(_attributes(module, other)) | dict(_hooked(module, other))
         own = dict(_own_fields(module, other, model.config))
         if own:
             values["config"] = own
@@ -176,7 +177,10 @@ def _attributes(module: nn.Module, other: nn.Module) -> Iterator[tuple[str, Any]
             yield name, _plain(mine[name])
 
 
-def _heads(module: nn.Module, other: nn.Module) -> Iterator[tuple[str, Any]]:
+def _hooked(module: nn.Module, other: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What our own hooks of `modeling_lit_pruned` work with, where it differs."""
+    if (values := getattr(module, _VALUES, None)) != getattr(other, _VALUES, None):
+        yield _VALUES, copy.deepcopy(values)
     mine, theirs = ([getattr(m, name, None) for name in _HEADS] for m in (module, other))
     all_heads = mine[0] is not None and mine[0] == list(range(mine[1] or 0))
     if mine != theirs and not (all_heads and theirs[0] is None):

@@ -39,13 +39,16 @@ def kept_layers_config(config: Any, kept: list[int]) -> Any:
     return rebuilt(config, updates)
 
 
-def propose(config: Any, family: Family, widths: Widths) -> Any | None:
+def propose(
+    config: Any, family: Family, widths: Widths, epsilon: float | None = None
+) -> Any | None:
     """The stock config that may express some widths, or None if its fields surely can't.
 
     Args:
         config: The dense model's config, with the layers that are left.
         family: The table's entry, whose fields are filled in.
         widths: The cut model's widths.
+        epsilon: That of its RMS norms; None leaves the config's.
     """
     if hasattr(config, "lit_prune") or not widths.layers:
         return None
@@ -59,23 +62,12 @@ def propose(config: Any, family: Family, widths: Widths) -> Any | None:
         for dim, field in family.fields.items()
         if dim != "layer"
     }
-    if family.norm != "layer":
-        updates[family.epsilon] = epsilon(config, family, sizes["hidden"])
+    if epsilon is not None:
+        updates[family.epsilon] = epsilon
     try:
         return rebuilt(config, updates)
     except (ValueError, TypeError, StrictDataclassError):  # refused sizes are not stock
         return None
-
-
-def epsilon(config: Any, family: Family, hidden: int) -> float:
-    """The epsilon of RMS norms over fewer residual features than the config has.
-
-    Args:
-        config: A config whose epsilon holds for its own hidden size.
-        family: The table's entry.
-        hidden: Features that are left.
-    """
-    return getattr(config, family.epsilon) * (config.hidden_size / hidden)
 
 
 def adopt(model: nn.Module, config: Any) -> None:

@@ -63,6 +63,8 @@ def count_macs(
 ) -> Any:
     """Multiply-accumulates of one token's forward pass.
 
+    Attention pads values to the keys' width, so a narrower `value` saves nothing there.
+
     Args:
         model: A model of this structure; it only says which modules there are.
         structure: Its structure.
@@ -80,5 +82,5 @@ def count_macs(
         sizes = widths.sizes(layer)
         heads = sizes["group"] * sizes["query"]
         seen = length if isinstance(length, int) else length[layer]
-        total = total + seen * heads * (sizes["head_dim"] + sizes["value"])
+        total = total + seen * heads * 2 * sizes["head_dim"]
     return total

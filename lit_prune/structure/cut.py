@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.errors import UserError
-from lit_prune.export.modeling_lit_pruned import keep_heads
+from lit_prune.export.modeling_lit_pruned import keep_heads, narrow_values
 from lit_prune.structure.configs import adopt, kept_layers_config, propose
 from lit_prune.structure.dims import Dim, members, parse
 from lit_prune.structure.layout import Layout
 from lit_prune.structure.model import Structure
-from lit_prune.structure.norms import rescale
+from lit_prune.structure.norms import NormRescale, kept_shares, norm_epsilon, rescale
 
 #: Sizes that modules of a layer remember under these names.
 _REMEMBERED = {
@@ -34,23 +34,34 @@ _REMEMBERED_DIMS = {name: parse(text).writes for name, text in _REMEMBERED.items
 _REMEMBERED_OUTSIDE = ("hidden_size", "embed_dim")
 
 
-def cut(model: nn.Module, structure: Structure, layout: Layout) -> None:
+def cut(
+    model: nn.Module,
+    structure: Structure,
+    layout: Layout,
+    norm_rescale: NormRescale = "masked",
+    energies: Mapping[str, Tensor] | None = None,
+) -> None:
     """Cut a model in place down to a layout; `structure` then describes what is left.
 
     Masking the removed units and cutting them give the same logits, up to rounding; when `hidden`
-    is cut, norms are rescaled so that this holds for RMS norms (a LayerNorm's statistics are taken
-    over the features that are left). `settle` then completes the result: until it is called, the
-    config still lists the layers that were cut.
+    is cut, norms are rescaled so that this holds for RMS norms, unless told otherwise (a
+    LayerNorm's statistics are taken over the features that are left). `settle` then completes the
+    result: until it is called, the config still lists the layers that were cut.
 
     Args:
         model: A Hugging Face causal language model.
         structure: Its structure; its widths are updated.
         layout: What stays, in the model's present numbering.
+        norm_rescale: What RMS norms do when `hidden` is cut; see `norms.rescale`.
+        energies: Of this very model, as of `norms.energies`; needed for `calibrated` only.
 
     Raises:
-        UserError: The family has no such axis.
+        UserError: The family has no such axis, or energies are missing; if energies are, nothing
+            is cut.
     """
-    before = structure.widths.copy()
+    before, shares = structure.widths.copy(), {}
+    if layout.hidden is not None:
+        shares = kept_shares(model, structure, layout.hidden, norm_rescale, energies)
     for unit in layout.layers:
         if unit.keep:
             cut_layer(model, structure, unit.source, unit.keep)
@@ -60,7 +71,7 @@ def cut(model: nn.Module, structure: Structure, layout: Layout) -> None:
         structure.widths.shared["hidden"] = len(layout.hidden)
         for layer in [None, *range(len(structure.widths.layers))]:
             _remember(model, structure, layer)
-        rescale(model, structure, before.shared["hidden"])
+        rescale(model, structure, before.shared["hidden"], norm_rescale, shares)
     kept = [unit.source for unit in layout.layers]
     if kept != list(range(len(before.layers))):
         _keep_layers(model, structure, kept)
@@ -93,6 +104,7 @@ def cut_layer(
     for axis, kept in keep.items():
         structure.widths.layers[layer][axis] = kept.shape[-1]
     _remember(model, structure, layer)
+    _narrow_values(model, structure, layer)
     if "group" not in keep and "query" not in keep:
         return
     if structure.family.has_alibi(config):
@@ -124,7 +136,8 @@ def settle(model: nn.Module, structure: Structure, layout: Layout) -> bool:
 
     config: Any = model.config
     fallback = kept_layers_config(config, [unit.source for unit in layout.layers])
-    candidate = propose(fallback, structure.family, structure.widths)
+    epsilon = norm_epsilon(model, structure)
+    candidate = propose(fallback, structure.family, structure.widths, epsilon)
     if candidate is not None:
         adopt(model, candidate)
         if not differences(model, candidate):
@@ -154,6 +167,26 @@ def _grouped(fields: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _attention_path(model: nn.Module, structure: Structure, layer: int) -> str:
     return structure.readers(model, "group", layer)[0].path.rpartition(".")[0]
+
+
+def _narrow_values(model: nn.Module, structure: Structure, layer: int) -> None:
+    """Hook a layer's attention where its values are narrower than its keys."""
+    sizes = structure.widths.sizes(layer)
+    if sizes["value"] == sizes["head_dim"] or "value" not in structure.axes():
+        return
+    path = _attention_path(model, structure, layer)
+    (writer,) = (s for s in structure.sites(model, layer) if "value" in s.line.writes)
+    (reader,) = structure.readers(model, "value", layer)
+    writes = writer.line.writes
+    segments = writes.parts if writes.kind == "sum" else (writes,)
+    narrow_values(
+        model.get_submodule(path),
+        writer=writer.path.removeprefix(f"{path}."),
+        reader=reader.path.removeprefix(f"{path}."),
+        before=sum(part.size(sizes) for part in segments[:-1]),
+        value=sizes["value"],
+        head_dim=sizes["head_dim"],
+    )
 
 
 def _select(

@@ -32,7 +32,7 @@ def require_axes(model_type: str, possible: Sequence[str], axes: Sequence[str]) 
         if axis not in possible:
             raise UserError(
                 f"expected an axis that {model_type} can cut ({', '.join(possible)}), "
-                f"got {axis!r}; choose another attention"
+                f"got {axis!r}; choose another"
             )
 
 
@@ -47,7 +47,7 @@ def require_stock(model_type: str, family: Family, widths: Widths, axes: Sequenc
 
     Raises:
         UserError: The config has no field for a size that the cut sets, or the model has other
-            widths in each layer already.
+            widths in each layer already, or values that are narrower than its keys.
     """
     for axis in axes:
         for size, reason in _HELD.get(axis, {}).items():
@@ -57,6 +57,12 @@ def require_stock(model_type: str, family: Family, widths: Widths, axes: Sequenc
                     f"{axis!r}, for which it would need a field for {size}: {reason}; leave out "
                     f"--stock or the axis"
                 )
+    head_dim = widths.shared["head_dim"]
+    if narrow := [sizes["value"] for sizes in widths.layers if sizes["value"] != head_dim]:
+        raise UserError(
+            f"expected values as wide as keys under --stock, {head_dim} features a head, got "
+            f"{narrow[0]}; leave out --stock or start from another model"
+        )
     for axis in widths.layers[0] if widths.layers else ():
         found = sorted({sizes[axis] for sizes in widths.layers})
         if len(found) > 1:

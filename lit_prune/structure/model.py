@@ -16,9 +16,8 @@ from lit_prune.structure.dims import Dim, Line, parse
 from lit_prune.structure.families import Family, find_family
 from lit_prune.structure.layout import Widths
 
-#: What can be cut, in the order in which it is shown. The tables name `value` too, but attention
-#: of transformers takes no values that are narrower than its keys.
-AXES = ("channel", "group", "query", "hidden", "layer")
+#: What can be cut, in the order in which it is shown.
+AXES = ("channel", "group", "query", "value", "hidden", "layer")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -174,6 +175,56 @@ def cut_phi3_groups(model: Any, kept: list[int]) -> None:
         )
 
 
+_VALUE_NAMES = {"gpt2": ("c_attn", "c_proj"), "phi3": ("qkv_proj", "o_proj")}
+
+
+def cut_values(model: Any, kept: list[list[int]], *, mask_only: bool = False) -> None:
+    """Keep some value features in each layer of llama, gpt2 or phi3: the same of every KV head.
+
+    With `mask_only` what O reads of the others is removed but nothing is cut: the reference.
+    """
+    from lit_prune.export.modeling_lit_pruned import narrow_values
+
+    config = model.config
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", heads)
+    writer, reader = _VALUE_NAMES.get(config.model_type, ("v_proj", "o_proj"))
+    layers = model.transformer.h if config.model_type == "gpt2" else model.model.layers
+    for layer, features in zip(layers, kept, strict=True):
+        attention = layer.attn if config.model_type == "gpt2" else layer.self_attn
+        size = attention.head_dim
+        before = 0 if writer == "v_proj" else (heads + groups) * size
+        columns = [head * size + i for head in range(heads) for i in features]
+        rows = [before + group * size + i for group in range(groups) for i in features]
+        write, read = getattr(attention, writer), getattr(attention, reader)
+        if mask_only:
+            gone = sorted(set(range(heads * size)) - set(columns))
+            (read.weight.data if writer == "c_attn" else read.weight.data.T)[gone] = 0
+            continue
+        _cut_two(write, [*range(before), *rows], read, columns)
+        options = {"before": before, "value": len(features), "head_dim": size}
+        narrow_values(attention, writer=writer, reader=reader, **options)
+
+
+def _cut_two(write: Any, rows: list[int], read: Any, columns: list[int]) -> None:
+    if isinstance(write, nn.Linear):
+        _rows(write, rows)
+        _columns(read, columns)
+        return
+    _replace(write, "weight", write.weight[:, rows])
+    _replace(write, "bias", write.bias[rows])
+    _replace(read, "weight", read.weight[columns])
+    write.nf, read.nx = len(rows), len(columns)
+
+
+def add_biases(model: Any) -> None:
+    """Give a llama's O and down biases of their own in two layers of three."""
+    for number, layer in enumerate(model.model.layers[:2]):
+        for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            bias = torch.arange(module.out_features) * 0.01 + number
+            module.bias = nn.Parameter(bias.to(module.weight.dtype))
+
+
 def cut_case(case: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """One of `CASES`: the cut model, and the stock config proposed for it or None."""
     model = tiny(case.split("/")[0], dtype)
@@ -193,13 +244,19 @@ def cut_case(case: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         case "widths-layer":
             cut_channels(model, [7, 9, 5])
             drop_layer(model, 0)
-        case "heads":
-            cut_alibi_heads(model, [[0, 2], [1, 2, 3], [3]])
-        case "groups":
-            cut_phi3_groups(model, [2, 1, 1])
         case "dense":
             config = model.config
+        case kind:
+            _NEVER_STOCK[kind](model)
     return model, config
+
+
+_NEVER_STOCK: dict[str, Callable[[Any], None]] = {
+    "heads": lambda model: cut_alibi_heads(model, [[0, 2], [1, 2, 3], [3]]),
+    "groups": lambda model: cut_phi3_groups(model, [2, 1, 1]),
+    "values": lambda model: cut_values(model, [[0, 2, 3], [1, 5], [0, 1, 2, 3, 4]]),
+    "biases": add_biases,
+}
 
 
 #: Case -> whether it is stock.
@@ -213,6 +270,10 @@ CASES = {
     "llama-tied/widths-layer": False,
     "gemma3/widths-layer": False,
     "gpt2/widths": False,
+    "llama/values": False,
+    "gpt2/values": False,
+    "phi3/values": False,
+    "llama-tied/biases": False,
     "phi3/groups": False,
     "bloom/heads": False,
     "falcon-alibi/heads": False,

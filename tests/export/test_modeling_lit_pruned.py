@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_prune.export import modeling_lit_pruned as pruned
-from tests.export.cutters import cut_alibi_heads, ids, logits, tiny
+from tests.export.cutters import cut_alibi_heads, cut_values, ids, logits, tiny
 
 _KEPT = [[0, 2], [1, 2, 3], [3]]
 
@@ -69,6 +70,95 @@ def test_select_heads_against_a_literal_choice() -> None:
     assert got["attention_mask"] is common
     _, got = pruned.select_heads(module, (), {"alibi": None, "attention_mask": None})
     assert got == {"alibi": None, "attention_mask": None}
+
+
+_FEATURES = [[0, 2, 3], [1, 5], [0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_narrow_values_run_in_the_stock_attention(name: str, attention: str) -> None:
+    reference, model = tiny(name, attention=attention), tiny(name, attention=attention)
+    dense = logits(reference)
+    cut_values(reference, _FEATURES, mask_only=True)
+    cut_values(model, _FEATURES)
+    want, got = logits(reference), logits(model)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert (got - dense).abs().max() > 0.05 * dense.abs().max()
+    assert torch.equal(logits(copy.deepcopy(model)), got)
+
+
+def test_values_are_padded_and_taken_head_by_head() -> None:
+    record = {"writer": "v", "reader": "o", "before": 2, "value": 2, "head_dim": 3}
+    written = torch.arange(1.0, 9).view(1, 1, 8)  # two other features, then three heads of two
+    padded = pruned.PadValues(record)(nn.Identity(), (), written)
+    assert padded.tolist() == [[[1, 2, 3, 4, 0, 5, 6, 0, 7, 8, 0]]]
+    (taken, other) = pruned.TakeValues(record)(nn.Identity(), (padded[..., 2:], "other"))
+    assert taken.tolist() == [[[3, 4, 5, 6, 7, 8]]]
+    assert other == "other"
+    alone = pruned.PadValues(record | {"before": 0})(nn.Identity(), (), written[..., 2:])
+    assert torch.equal(alone, padded[..., 2:])
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.o = nn.Linear(4, 4, bias=False), nn.Linear(4, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = self.v(x)
+        assert wide.shape[-1] == 6
+        return self.o(wide)
+
+
+def _hooks(module: nn.Module) -> dict[str, int]:
+    found = {
+        name: len(part._forward_hooks) + len(part._forward_pre_hooks)
+        for name, part in module.named_modules()
+    }
+    return {name: count for name, count in found.items() if count}
+
+
+def test_hooks_follow_wrappers_and_come_back() -> None:
+    class Wrapper(nn.Module):
+        """Like LoRA: adds to what a layer makes of its input."""
+
+        def __init__(self, base_layer: nn.Linear) -> None:
+            super().__init__()
+            self.base_layer = base_layer
+            self.update = nn.Linear(base_layer.in_features, base_layer.out_features)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base_layer(x) + self.update(x)
+
+    module, x = _Attention(), torch.randn(2, 4)
+    options: dict[str, Any] = {"writer": "v", "reader": "o", "before": 0, "head_dim": 3}
+    pruned.narrow_values(module, value=1, **options)
+    pruned.narrow_values(module, value=2, **options)  # replaces the first
+    assert _hooks(module) == {"": 1, "v": 1, "o": 1}
+    plain, base = module(x), (module.v, module.o)
+    assert torch.allclose(plain, x @ base[0].weight.T @ base[1].weight.T, atol=1e-6)
+    module.v, module.o = Wrapper(base[0]), Wrapper(base[1])  # pyright: ignore[reportAttributeAccessIssue]
+    wrapped = module(x)
+    assert _hooks(module) == {"": 1, "v": 1, "o": 1}
+    inner = base[0].forward(x) + module.v.update(x)  # pyright: ignore[reportCallIssue]
+    assert torch.allclose(wrapped, base[1].forward(inner) + module.o.update(inner), atol=1e-6)  # pyright: ignore[reportCallIssue]
+    module.v, module.o = base
+    assert torch.equal(module(x), plain)
+    assert _hooks(module) == {"": 1, "v": 1, "o": 1}
+    twin = copy.deepcopy(module)
+    twin.v = nn.Linear(4, 4, bias=False)
+    twin(x)
+    assert _hooks(twin) == _hooks(module) == {"": 1, "v": 1, "o": 1}
+    assert module.v._forward_hooks.keys() != twin.v._forward_hooks.keys()
+
+
+def test_other_hooks_see_what_the_reader_gets() -> None:
+    module, seen = _Attention(), []
+    module.o.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
+    pruned.narrow_values(module, writer="v", reader="o", before=0, value=2, head_dim=3)
+    module(torch.randn(2, 4))
+    assert seen == [4]
 
 
 def _record(**entries: Any) -> dict[str, Any]:

@@ -53,10 +53,11 @@ def _layout(
         for axis in ("channel", "group"):
             if axis in axes:
                 keep[axis] = pick(sizes[axis], numbers[layer][axis])
-        if "query" in axes:
-            groups = len(keep["group"]) if "group" in keep else sizes["group"]
-            rows = [pick(sizes["query"], numbers[layer]["query"]) for _ in range(groups)]
-            keep["query"] = torch.stack(rows)
+        groups = len(keep["group"]) if "group" in keep else sizes["group"]
+        for axis in ("query", "value"):
+            if axis in axes:
+                rows = [pick(sizes[axis], numbers[layer][axis]) for _ in range(groups)]
+                keep[axis] = torch.stack(rows)
         layers.append(LayerUnits(layer, keep))
     if "layer" in axes:
         del layers[1]

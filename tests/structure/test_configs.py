@@ -21,26 +21,27 @@ _NONE, _STOCK, _FILE, _HOOK = "-", "stock", "modelling file", "hook (ALiBi)"
 _UNIFORM = "stock if uniform"
 _COPY = "stock if uniform, else config copy per layer"
 _DIVISIBLE = "stock if divisible by the heads"
-#: Family -> result for channel, group, query, hidden, layer: the table of the README.
+_PADDED = "hook (padded)"
+#: Family -> result for channel, group, query, value, hidden, layer: the table of the README.
 TABLE: dict[str, tuple[str, ...]] = {
-    "llama": (_UNIFORM, _UNIFORM, _UNIFORM, _DIVISIBLE, _STOCK),
-    "llama-tied": (_UNIFORM, _UNIFORM, _UNIFORM, _DIVISIBLE, _STOCK),
-    "mistral": (_UNIFORM, _UNIFORM, _UNIFORM, _STOCK, _STOCK),
-    "qwen2": (_UNIFORM, _UNIFORM, _UNIFORM, _STOCK, _STOCK),
-    "qwen3": (_UNIFORM, _UNIFORM, _UNIFORM, _STOCK, _STOCK),
-    "gemma2": (_UNIFORM, _UNIFORM, _UNIFORM, _DIVISIBLE, _STOCK),
-    "gemma2-untied": (_UNIFORM, _UNIFORM, _UNIFORM, _DIVISIBLE, _STOCK),
-    "gemma3": (_UNIFORM, _UNIFORM, _UNIFORM, _DIVISIBLE, _STOCK),
-    "phi3": (_UNIFORM, _COPY, _COPY, _STOCK, _STOCK),
-    "glm": (_UNIFORM, _UNIFORM, _UNIFORM, _STOCK, _STOCK),
-    "gpt2": (_UNIFORM, _FILE, _NONE, _FILE, _STOCK),
-    "gpt_neox": (_UNIFORM, _FILE, _NONE, _FILE, _STOCK),
-    "bloom": (_FILE, _HOOK, _NONE, _FILE, _STOCK),
-    "falcon-new": (_UNIFORM, _FILE, _FILE, _FILE, _STOCK),
-    "falcon-7b": (_UNIFORM, _NONE, _FILE, _FILE, _STOCK),
-    "falcon-rw": (_UNIFORM, _HOOK, _NONE, _FILE, _STOCK),
-    "opt": (_UNIFORM, _FILE, _NONE, _FILE, _STOCK),
-    "opt-factorised": (_UNIFORM, _FILE, _NONE, _FILE, _STOCK),
+    "llama": (_UNIFORM, _UNIFORM, _UNIFORM, _PADDED, _DIVISIBLE, _STOCK),
+    "llama-tied": (_UNIFORM, _UNIFORM, _UNIFORM, _PADDED, _DIVISIBLE, _STOCK),
+    "mistral": (_UNIFORM, _UNIFORM, _UNIFORM, _PADDED, _STOCK, _STOCK),
+    "qwen2": (_UNIFORM, _UNIFORM, _UNIFORM, _PADDED, _STOCK, _STOCK),
+    "qwen3": (_UNIFORM, _UNIFORM, _UNIFORM, _PADDED, _STOCK, _STOCK),
+    "gemma2": (_UNIFORM, _UNIFORM, _UNIFORM, _PADDED, _DIVISIBLE, _STOCK),
+    "gemma2-untied": (_UNIFORM, _UNIFORM, _UNIFORM, _PADDED, _DIVISIBLE, _STOCK),
+    "gemma3": (_UNIFORM, _UNIFORM, _UNIFORM, _PADDED, _DIVISIBLE, _STOCK),
+    "phi3": (_UNIFORM, _COPY, _COPY, _PADDED, _STOCK, _STOCK),
+    "glm": (_UNIFORM, _UNIFORM, _UNIFORM, _PADDED, _STOCK, _STOCK),
+    "gpt2": (_UNIFORM, _FILE, _NONE, _PADDED, _FILE, _STOCK),
+    "gpt_neox": (_UNIFORM, _FILE, _NONE, _NONE, _FILE, _STOCK),
+    "bloom": (_FILE, _HOOK, _NONE, _NONE, _FILE, _STOCK),
+    "falcon-new": (_UNIFORM, _FILE, _FILE, _NONE, _FILE, _STOCK),
+    "falcon-7b": (_UNIFORM, _NONE, _FILE, _NONE, _FILE, _STOCK),
+    "falcon-rw": (_UNIFORM, _HOOK, _NONE, _NONE, _FILE, _STOCK),
+    "opt": (_UNIFORM, _FILE, _NONE, _PADDED, _FILE, _STOCK),
+    "opt-factorised": (_UNIFORM, _FILE, _NONE, _PADDED, _FILE, _STOCK),
 }
 #: Result -> whether it is stock with the same number in each layer (for hidden: a multiple of the
 #: heads), and with others.
@@ -51,6 +52,7 @@ EXPECTED = {
     _DIVISIBLE: (True, False),
     _FILE: (False, False),
     _HOOK: (False, False),
+    _PADDED: (False, False),
 }
 CASES = [
     (name, axis, result)
@@ -100,6 +102,8 @@ def test_what_is_stock(name: str, axis: str, result: str) -> None:
     for model, _, stock in models:
         hooked = [m for m in model.modules() if hasattr(m, "lit_prune_heads")]
         assert len(hooked) == (3 if result == _HOOK else 0)
+        padded = [m for m in model.modules() if hasattr(m, "lit_prune_values")]
+        assert len(padded) == (3 if result == _PADDED else 0)
         # layer 1 of three keeps another number than layers 0 and 2, or the config says all
         assert (own_configs(model) > 0) == (result == _COPY and not stock)
 
@@ -130,7 +134,12 @@ def test_heads_and_stream_cut_alike_keep_the_head_dim(name: str, keep: Any, hidd
         ("llama", "channel"),
         ("bloom", "group"),
         ("falcon-rw", "group"),
+        ("llama", "value"),
+        ("gemma3", "value"),
+        ("gpt2", "value"),
+        ("opt", "value"),
         ("phi3", "query"),
+        ("phi3", "all"),
         ("gpt2", "hidden"),
         ("gemma3", "layer"),
         ("gemma2", "hidden"),

@@ -19,11 +19,11 @@ _GROUPED = [name for name in FAMILIES if "num_key_value_heads" in FAMILIES[name]
 #: Axes of which a family has none or a single unit.
 UNCUTTABLE: dict[str, set[str]] = {name: set() for name in _GROUPED} | {
     "gpt2": {"query"},
-    "gpt_neox": {"query"},
-    "bloom": {"query"},
-    "falcon-new": set(),
-    "falcon-7b": {"group"},  # all heads share one
-    "falcon-rw": {"query"},
+    "gpt_neox": {"query", "value"},  # one module makes queries, keys and values in turn
+    "bloom": {"query", "value"},
+    "falcon-new": {"value"},
+    "falcon-7b": {"group", "value"},  # all heads share one
+    "falcon-rw": {"query", "value"},
     "opt": {"query"},
     "opt-factorised": {"query"},
 }
@@ -151,7 +151,8 @@ def test_two_cuts_equal_the_joint_one(name: str) -> None:
     twin = tiny_model(name)
     cut(model, structure, first)
     settle(model, structure, first)
-    second = varied(structure, sorted({"channel", "query", "hidden"} - UNCUTTABLE[name]), seed=7)
+    axes = {"channel", "query", "value", "hidden"} - UNCUTTABLE[name]
+    second = varied(structure, sorted(axes), seed=7)
     cut(model, structure, second)
     settle(model, structure, second)
     joint, twins = first.then(second), Structure.of(twin)
@@ -159,6 +160,55 @@ def test_two_cuts_equal_the_joint_one(name: str) -> None:
     settle(twin, twins, joint)
     assert twins.widths == structure.widths
     assert difference(logits(model), logits(twin)) <= 1e-5
+
+
+VALUES = [name for name in FAMILIES if "value" not in UNCUTTABLE[name]]
+
+
+@pytest.mark.parametrize("with_axes", [["group"], ["query"], ["group", "query"]], ids="-".join)
+@pytest.mark.parametrize("name", VALUES)
+def test_values_go_together_with_heads(name: str, with_axes: list[str]) -> None:
+    if set(with_axes) & UNCUTTABLE[name]:
+        return
+    model, structure, layout = built(name, ["value", *with_axes], torch.float64)
+    with masked(model, structure, layout):
+        expected = logits(model)
+    cut(model, structure, layout)
+    assert not settle(model, structure, layout)
+    assert difference(logits(model), expected) <= (1e-6 if name in NORMS_IN_FLOAT32 else 1e-9)
+    for attention in ("sdpa", "eager") if model._supports_sdpa else ("eager",):
+        other = tiny_model(name, dtype=torch.float64, attn_implementation=attention)
+        cut(other, Structure.of(other), layout)
+        assert difference(logits(other), expected) <= 1e-5  # eager has its softmax in float32
+
+
+@pytest.mark.parametrize("order", [["value", "group"], ["group", "value"], ["query", "value"]])
+@pytest.mark.parametrize("name", VALUES)
+def test_values_go_before_and_after_heads(name: str, order: list[str]) -> None:
+    if set(order) & UNCUTTABLE[name]:
+        return
+    model, structure, _ = built(name, [])
+    joint = Layout.full(structure.widths)
+    for step, axis in enumerate([*order, "value"]):
+        layout = varied(structure, [axis], seed=step)
+        with masked(model, structure, layout):
+            expected = logits(model)
+        cut(model, structure, layout)
+        settle(model, structure, layout)
+        assert difference(logits(model), expected) <= 1e-5
+        joint = joint.then(layout)
+    assert Layout.from_dict(joint.to_dict()).widths() == structure.widths == joint.widths()
+    dense = tiny_model(name)
+    with masked(dense, Structure.of(dense), joint):
+        assert difference(logits(model), logits(dense)) <= 1e-5
+
+
+def test_keeping_all_values_needs_no_hook() -> None:
+    model, structure, _ = built("llama", [])
+    keep = {"value": torch.arange(8).expand(2, -1)}
+    layout = Layout.full(structure.widths).replace_layer(1, keep)
+    cut(model, structure, layout)
+    assert settle(model, structure, layout)
 
 
 def test_heads_with_alibi_biases_can_be_cut_twice() -> None:
@@ -219,8 +269,8 @@ def test_an_axis_that_a_family_lacks_is_refused() -> None:
     model = tiny_model("gpt2")
     structure = Structure.of(model)
     before = structure.widths.copy()
-    for axis in ("query", "value", "hidden", "chanel"):
-        with pytest.raises(UserError, match=rf"gpt2 have \(channel, group\), got '{axis}'"):
+    for axis in ("query", "hidden", "chanel"):
+        with pytest.raises(UserError, match=rf"gpt2 have \(channel, group, value\), got '{axis}'"):
             cut_layer(model, structure, 0, {axis: torch.tensor([[0]])})
     assert structure.widths == before
     layout = Layout.full(before).replace_layer(0, {"query": torch.tensor([[0]])})
