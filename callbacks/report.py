@@ -54,8 +54,9 @@ class GainLossReport(Callback):
             self._measure(trainer, pl_module, "dense")
 
     def on_after_cut(self, trainer: Trainer, pl_module: Any) -> None:
-        """Measure the model right after the cut."""
-        self._measure(trainer, pl_module, "pruned")
+        """Measure the model right after the last cut."""
+        if not pl_module.pruning_ahead:
+            self._measure(trainer, pl_module, "pruned")
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure the result, and write and print the report."""

@@ -16,6 +16,9 @@ from lit_prune.structure.model import Label
 #: A target is refused if the nearest that can be reached is further away.
 TOLERANCE = 0.02
 
+#: The most that a layer gives where layers give different shares.
+MOST = 0.92
+
 #: Whole heads are coarse, so they are rounded first and channels make up the difference.
 _ORDER = ("group", "query", "value", "channel")
 
@@ -34,17 +37,23 @@ class Plan:
 
 
 @dataclass
-class _Axis:
-    """An axis in every layer: units that can go, and parameters that go with each."""
+class Axis:
+    """An axis in every layer.
+
+    Attributes:
+        name: The axis.
+        units: Units that can go from each layer; one stays.
+        costs: Parameters that go with a unit of each layer.
+    """
 
     name: str
     units: list[int]
     costs: list[int]
 
-    def spread(self, ratio: float) -> list[int]:
-        """Round a ratio of every layer's units, remainders evenly over the layers."""
+    def spread(self, ratios: Sequence[float]) -> list[int]:
+        """Round a ratio of each layer's units, remainders evenly over the layers."""
         result, exact, taken = [], 0.0, 0
-        for units in self.units:
+        for units, ratio in zip(self.units, ratios, strict=True):
             exact += ratio * (units + 1 if units else 0)
             removed = min(max(round(exact) - taken, 0), units)
             taken += removed
@@ -55,9 +64,9 @@ class _Axis:
         """Parameters that go with some units."""
         return sum(n * cost for n, cost in zip(removed, self.costs, strict=True))
 
-    def size(self) -> float:
-        """Parameters of all units, the last of each layer included."""
-        return sum((n + 1 if n else 0) * c for n, c in zip(self.units, self.costs, strict=True))
+    def sizes(self) -> list[int]:
+        """Parameters of all units of each layer, the last one included."""
+        return [(n + 1 if n else 0) * c for n, c in zip(self.units, self.costs, strict=True)]
 
 
 def uniform(
@@ -68,6 +77,7 @@ def uniform(
     *,
     protected: Sequence[int] = (),
     stock: bool = False,
+    shares: Sequence[float] | None = None,
 ) -> Plan:
     """Remove the same share of every layer's units so that the whole decoder meets a target.
 
@@ -78,24 +88,34 @@ def uniform(
         axes: What may be cut.
         protected: Layers that stay whole; the others' share rises.
         stock: The same number from every layer, so that one config number can express it.
+        shares: What each layer gives relative to the others, instead of the same; no more than
+            0.92 of its units.
 
     Raises:
         UserError: An axis or layer is unknown, or the target is out of reach.
     """
-    _check(widths, sparsity, axes, protected)
+    check(widths, sparsity, axes, protected)
     if stock:
         _check_stock(widths, axes, protected)
-    table = [_axis(labels, widths, axis, protected) for axis in _ORDER if axis in axes]
+        if shares is not None:
+            raise UserError(
+                "expected the same share of every layer under --stock, got shares that differ; "
+                "choose the uniform allocation"
+            )
+    table = axes_of(labels, widths, axes, protected)
     total = count(labels, widths, decoder=True)
     most = sum(axis.weight(axis.units) for axis in table)
     remaining, removed = sparsity * total, {}
     for place, axis in enumerate(table):
-        ratio = remaining / max(sum(rest.size() for rest in table[place:]), 1)
+        sizes = [
+            sum(layer) for layer in zip(*(rest.sizes() for rest in table[place:]), strict=True)
+        ]
+        ratios = _ratios(remaining, sizes, shares)
         if stock:
-            same = min(round(ratio * (axis.units[0] + 1)), axis.units[0])
+            same = min(round(ratios[0] * (axis.units[0] + 1)), axis.units[0])
             removed[axis.name] = [same] * len(axis.units)
         else:
-            removed[axis.name] = axis.spread(ratio)
+            removed[axis.name] = axis.spread(ratios)
             if place == len(table) - 1:
                 _settle(axis, removed[axis.name], remaining)
         if rest := table[place + 1 :]:
@@ -112,7 +132,24 @@ def uniform(
     return Plan(removed, reached)
 
 
-def _check(widths: Widths, sparsity: float, axes: Sequence[str], protected: Sequence[int]) -> None:
+def _ratios(goal: float, sizes: Sequence[int], shares: Sequence[float] | None) -> list[float]:
+    """The ratio of each layer's parameters that goes, so that a number of them goes in all."""
+    if shares is None:
+        return [goal / max(sum(sizes), 1)] * len(sizes)
+    low, high = 0.0, MOST / max(min((share for share in shares if share > 0), default=1.0), 1e-9)
+    for _ in range(60):
+        middle = (low + high) / 2
+        going = sum(min(middle * s, MOST) * size for s, size in zip(shares, sizes, strict=True))
+        low, high = (middle, high) if going < goal else (low, middle)
+    return [min(high * share, MOST) for share in shares]
+
+
+def check(widths: Widths, sparsity: float, axes: Sequence[str], protected: Sequence[int]) -> None:
+    """Refuse a target that makes no sense for a model.
+
+    Raises:
+        UserError: The sparsity, an axis or a protected layer.
+    """
     if not 0 <= sparsity < 1:
         raise UserError(f"expected a sparsity from 0 to below 1, got {sparsity:g}")
     if not axes:
@@ -152,7 +189,21 @@ def _check_stock(widths: Widths, axes: Sequence[str], protected: Sequence[int]) 
             )
 
 
-def _axis(labels: Sequence[Label], widths: Widths, name: str, protected: Sequence[int]) -> _Axis:
+def axes_of(
+    labels: Sequence[Label], widths: Widths, axes: Sequence[str], protected: Sequence[int]
+) -> list[Axis]:
+    """Units and costs of some axes, heads before channels.
+
+    Args:
+        labels: Labels of the model's parameters, each parameter once.
+        widths: Present sizes of its axes.
+        axes: Which.
+        protected: Layers that stay whole.
+    """
+    return [_axis(labels, widths, axis, protected) for axis in _ORDER if axis in axes]
+
+
+def _axis(labels: Sequence[Label], widths: Widths, name: str, protected: Sequence[int]) -> Axis:
     units, costs = [], []
     for layer, sizes in enumerate(widths.layers):
         free = 0 if layer in protected else sizes[name] - 1
@@ -161,10 +212,10 @@ def _axis(labels: Sequence[Label], widths: Widths, name: str, protected: Sequenc
         own = [label for label in labels if label.layer == layer]
         units.append(free)
         costs.append(count(own, widths) - count(own, less))
-    return _Axis(name, units, costs)
+    return Axis(name, units, costs)
 
 
-def _settle(axis: _Axis, removed: list[int], goal: float) -> None:
+def _settle(axis: Axis, removed: list[int], goal: float) -> None:
     """Move single units until the parameters that go are within half a unit of the goal."""
     while True:
         rest = goal - axis.weight(removed)
@@ -181,7 +232,7 @@ def _settle(axis: _Axis, removed: list[int], goal: float) -> None:
 
 
 def _leave_room(
-    axis: _Axis, removed: list[int], least: float, most: float, *, together: bool
+    axis: Axis, removed: list[int], least: float, most: float, *, together: bool
 ) -> None:
     """Move units until the axes that follow can make up the difference to the target."""
     for step in (-1, 1):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.structure.model import Structure
+
+#: Is shown activations, [tokens, features].
+See = Callable[[Tensor], None]
 
 
 class _Stop(Exception):
@@ -75,7 +78,8 @@ class Stream:
         """Number of batches."""
         return len(self.hidden)
 
-    def _run(self, layer: int, batch: int) -> Tensor:
+    def run(self, layer: int, batch: int) -> Tensor:
+        """A layer's output for a batch, [batch, tokens, hidden]."""
         args, kwargs = self._calls[batch][layer]
         output = self.layers[layer](self.hidden[batch], *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
@@ -85,9 +89,10 @@ class Stream:
         self,
         layer: int,
         reader: nn.Module,
-        see: Callable[[Tensor], None],
+        see: See,
         *,
         record: nn.Module | None = None,
+        outputs: Mapping[nn.Module, See] | None = None,
     ) -> None:
         """Show a module's inputs to a function, batch by batch; the stream stays where it is.
 
@@ -97,60 +102,101 @@ class Stream:
             see: Gets [tokens, features], without padded tokens.
             record: A module whose outputs `advance` shall play back instead of computing them
                 again. It must come before `reader`.
+            outputs: Functions that see the outputs of modules before `reader`, likewise.
         """
         self._played = []
-        for batch, tokens in enumerate(self.tokens):
-
-            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                x = args[0].flatten(0, -2)
-                see(x if tokens is None else x[tokens])  # noqa: B023 - used in this turn only
-                raise _Stop
-
-            with _hooked(reader, hook), self._recording(record):
+        for batch in range(len(self)):
+            with ExitStack() as hooks:
+                for module, function in (outputs or {}).items():
+                    hooks.callback(self._after(module, function, batch).remove)
+                if record is not None:
+                    hooks.callback(record.register_forward_hook(self._record).remove)
+                hooks.callback(self._before(reader, see, batch, stop=True).remove)
                 try:
-                    self._run(layer, batch)
+                    self.run(layer, batch)
                 except _Stop:
                     continue
                 raise RuntimeError(f"layer {layer} did not call {type(reader).__name__}")
 
-    @contextmanager
-    def _recording(self, module: nn.Module | None) -> Iterator[None]:
-        if module is None:
-            yield
-            return
+    def _record(self, module: nn.Module, args: Any, output: Any) -> None:
+        # attention weights, if there are any, are not kept
+        self._played.append((output[0], None) if isinstance(output, tuple) else output)
 
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            # attention weights, if there are any, are not kept
-            self._played.append((output[0], None) if isinstance(output, tuple) else output)
+    def _rows(self, x: Tensor, batch: int) -> Tensor:
+        """Activations as [tokens, features], without padded tokens."""
+        tokens, x = self.tokens[batch], x.flatten(0, -2)
+        return x if tokens is None else x[tokens]
 
-        handle = module.register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def _before(self, module: nn.Module, see: See, batch: int, *, stop: bool = False) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            see(self._rows(args[0], batch))
+            if stop:
+                raise _Stop
+
+        return module.register_forward_pre_hook(hook)
+
+    def _after(self, module: nn.Module, see: See, batch: int) -> Any:
+        return module.register_forward_hook(lambda _m, _a, y: see(self._rows(y, batch)))
+
+    def states(self, batch: int) -> Tensor:
+        """Hidden states of a batch where the stream is, [tokens, hidden], without padded tokens."""
+        return self._rows(self.hidden[batch], batch)
 
     @torch.no_grad()
-    def advance(self, layer: int, *, play: nn.Module | None = None) -> None:
+    def advance(
+        self,
+        layer: int,
+        *,
+        play: nn.Module | None = None,
+        inputs: Mapping[nn.Module, See] | None = None,
+        outputs: Mapping[nn.Module, See] | None = None,
+    ) -> None:
         """Move the stream through a layer.
 
         Args:
             layer: The layer.
             play: A module whose recorded outputs are used instead of running it.
+            inputs: Functions that see the inputs of modules, [tokens, features] for each batch.
+            outputs: Functions that see their outputs.
         """
         for batch in range(len(self)):
-            if play is None:
-                self.hidden[batch] = self._run(layer, batch)
-                continue
-            stored = self._played[batch]
-
-            def player(*args: Any, **kwargs: Any) -> Any:
-                return stored  # noqa: B023 - used in this turn only
-
-            with _forwards({play: player}):
-                self.hidden[batch] = self._run(layer, batch)
+            with ExitStack() as hooks:
+                for module, see in (inputs or {}).items():
+                    hooks.callback(self._before(module, see, batch).remove)
+                for module, see in (outputs or {}).items():
+                    hooks.callback(self._after(module, see, batch).remove)
+                if play is not None:
+                    hooks.enter_context(_forwards({play: _player(self._played[batch])}))
+                self.hidden[batch] = self.run(layer, batch)
         self._played = []
         for calls in self._calls:
             calls[layer] = ((), {})
+
+    @torch.no_grad()
+    def finish(self, model: nn.Module, layer: int, batch: Mapping[str, Tensor], number: int) -> Any:
+        """The model's output for a batch, from where the stream is.
+
+        Args:
+            model: The model.
+            layer: The layer that comes next.
+            batch: The batch, as it was given.
+            number: Its number.
+        """
+        base: Any = getattr(model, str(model.base_model_prefix))
+        device = self.hidden[number].device
+        inputs = {"input_ids": batch["input_ids"].to(device), "use_cache": False}
+        mask = batch["attention_mask"].to(device)
+        as_tuple = _returns_tuple(base, self.layers[-1], inputs)
+
+        def skip(*args: Any, **kwargs: Any) -> Any:
+            return (self.hidden[number], None) if as_tuple else self.hidden[number]
+
+        with _forwards(dict.fromkeys(self.layers[:layer], skip)):
+            return model(attention_mask=None if bool(mask.all()) else mask, **inputs)
+
+
+def _player(stored: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: stored
 
 
 @contextmanager
@@ -181,15 +227,6 @@ def _returns_tuple(base: Any, layer: nn.Module, inputs: dict[str, Any]) -> bool:
     finally:
         handle.remove()
     return seen[0]
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

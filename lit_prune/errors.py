@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any, get_args
 
 
 class UserError(Exception):
@@ -36,3 +37,17 @@ def require(module: str, extra: str) -> ModuleType:
         raise UserError(
             f"{module} is needed for this and is not installed: pip install 'lit-prune[{extra}]'"
         ) from error
+
+
+def require_one_of(value: Any, literal: Any) -> None:
+    """Refuse a value that an annotation `Literal[...]` does not list.
+
+    Args:
+        value: The value.
+        literal: The annotation.
+
+    Raises:
+        UserError: It is none of them.
+    """
+    if value not in get_args(literal):
+        raise UserError(f"expected one of {', '.join(map(str, get_args(literal)))}, got {value!r}")

@@ -1,8 +1,8 @@
-"""Pruning layer by layer: score, choose, restore and cut one layer, then move on through it."""
+"""Pruning layer by layer: choose, restore and cut in one layer, then move on through it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,27 +12,49 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_prune.allocation import Plan, keep_highest
 from lit_prune.calibration import Stream, evaluating
-from lit_prune.errors import UserError
-from lit_prune.restoration import Gram, least_squares
-from lit_prune.scores import column_scores
+from lit_prune.restoration import least_squares
+from lit_prune.statistics import InputStatistics, require_finite
+from lit_prune.structure.biases import add_bias
 from lit_prune.structure.cut import cut_layer
 from lit_prune.structure.layout import Layout
 from lit_prune.structure.model import Site, Structure
+from lit_prune.tuning import DenseTargets
+
+Repair = Literal["none", "least_squares", "bias", "unit_scales"]
+#: Scores the columns of a matrix [outputs, inputs] from statistics of its inputs: [inputs].
+ColumnScore = Callable[[Tensor, InputStatistics], Tensor]
+#: The axes of a layer: heads are cut before channels, whose inputs then follow the cut.
+ORDER = ("group", "query", "value", "channel")
 
 
 @dataclass(frozen=True)
 class Restoration:
-    """How the kept columns make up for the removed ones; see `least_squares`.
+    """How what is left makes up for what goes.
 
     Attributes:
-        enabled: Whether they do at all.
-        ridge: What the solution shrinks towards.
-        delta: The ridge in units of the mean diagonal.
+        kind: ``least_squares`` changes the kept columns (see `least_squares`), ``bias`` adds the
+            removed columns' mean output, ``unit_scales`` scales the kept units (see
+            `lit_prune.unit_scales`), ``none`` does nothing.
+        ridge: What least squares shrinks towards.
+        delta: Its ridge in units of the mean diagonal.
     """
 
-    enabled: bool = True
+    kind: Repair = "least_squares"
     ridge: Literal["weights", "zero"] = "weights"
     delta: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What stays of each layer.
+
+    Attributes:
+        cuts: Whether anything of an axis goes from a layer.
+        units: The units of an axis that stay in a layer, from a reader and its inputs.
+    """
+
+    cuts: Callable[[int, str], bool]
+    units: Callable[[int, str, nn.Module, InputStatistics], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,23 +64,109 @@ class Ranks:
     Attributes:
         reduce: Sums a tensor over the processes.
         agree: Gives every process the first one's decision.
+        gather: Every process' tensor, of one shape, in the order of their ranks.
     """
 
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     agree: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda decision: decision
+    gather: Callable[[Tensor], list[Tensor]] = lambda tensor: [tensor]
+
+
+def by_columns(structure: Structure, score: ColumnScore, plan: Plan) -> Choice:
+    """Keep the units whose columns score highest, as many as a plan leaves."""
+
+    def units(layer: int, axis: str, reader: nn.Module, statistics: InputStatistics) -> Tensor:
+        scores = unit_scores(structure, layer, axis, reader, statistics, score)
+        return keep_highest(scores, plan.removed[axis][layer])
+
+    return Choice(lambda layer, axis: plan.removed.get(axis, {layer: 0})[layer] > 0, units)
+
+
+def as_decided(layout: Layout) -> Choice:
+    """Keep the units that a layout keeps."""
+    keep = {unit.source: unit.keep for unit in layout.layers}
+    return Choice(
+        lambda layer, axis: axis in keep[layer], lambda layer, axis, *_: keep[layer][axis]
+    )
+
+
+def unit_scores(
+    structure: Structure,
+    layer: int,
+    axis: str,
+    reader: nn.Module,
+    statistics: InputStatistics,
+    score: ColumnScore,
+) -> Tensor:
+    """Column scores of a reader, summed over each unit's columns.
+
+    Returns:
+        [units], or [groups, units] for `query` and `value`, on the CPU.
+
+    Raises:
+        UserError: The weights or activations are not finite.
+    """
+    found = ((p, line.reads) for p, line in structure.lines if line.reads and axis in line.reads)
+    pattern, dim = next(found)
+    path = pattern.replace("*", str(layer), 1)
+    require_finite(statistics.norms(), "calibration activations", f"at the input of {path}")
+    values = score(matrix_of(reader), statistics).float()
+    require_finite(values, "weights", f"in {path}")
+    return dim.reduce(values.cpu(), axis, structure.widths.sizes(layer))
+
+
+def dense_statistics(
+    model: nn.Module,
+    structure: Structure,
+    stream: Stream,
+    axes: Sequence[str],
+    *,
+    ranks: Ranks,
+    track: Callable[[range], Iterator[int]] = iter,
+) -> dict[tuple[int, str], InputStatistics]:
+    """Mean and variance of the inputs of every reader of some axes, nothing being cut.
+
+    Args:
+        model: The model.
+        structure: Its structure.
+        stream: Calibration tokens before the first layer; afterwards it is behind the last.
+        axes: Axes of the layers.
+        ranks: What processes share.
+        track: Wraps the layers' range in a progress bar.
+
+    Returns:
+        (layer, axis) -> statistics; axes with a reader in common share them.
+    """
+    found: dict[tuple[int, str], InputStatistics] = {}
+    with evaluating(model), torch.no_grad():
+        for layer in track(range(len(structure.widths.layers))):
+            paths: dict[str, InputStatistics] = {}
+            readers = {axis: structure.readers(model, axis, layer)[0].path for axis in axes}
+            for axis, path in readers.items():
+                if path not in paths:
+                    reader = model.get_submodule(path)
+                    paths[path] = InputStatistics(inputs_of(reader), device_of(reader))
+                found[layer, axis] = paths[path]
+            seen = {model.get_submodule(path): s.add for path, s in paths.items()}
+            stream.advance(layer, inputs=seen)
+            for statistics in paths.values():
+                statistics.reduce(ranks.reduce)
+    return found
 
 
 def prune_layers(
     model: nn.Module,
     structure: Structure,
     stream: Stream,
-    plan: Plan,
+    choice: Choice,
+    axes: Sequence[str],
     *,
     restoration: Restoration | None = None,
+    dense: Stream | None = None,
     ranks: Ranks | None = None,
     track: Callable[[range], Iterator[int]] = iter,
 ) -> Layout:
-    """Prune a model in place with FASP, layer by layer; each layer sees the pruned one before it.
+    """Prune a model in place, layer by layer; each layer sees the pruned one before it.
 
     At no time is there more than one Gram matrix in memory beside the stream (see `Stream`).
 
@@ -68,8 +176,10 @@ def prune_layers(
         model: The model; its weights are replaced.
         structure: Its structure; its widths follow.
         stream: Calibration tokens before the first layer.
-        plan: Units to remove from each layer.
+        choice: Says what stays, such as `by_columns` or `as_decided`.
+        axes: Axes of the layers that it chooses from.
         restoration: How the kept weights are repaired; the default is least squares.
+        dense: The same tokens in a stream of their own, which ``unit_scales`` needs.
         ranks: What processes share.
         track: Wraps the layers' range in a progress bar.
 
@@ -79,97 +189,136 @@ def prune_layers(
     Raises:
         UserError: The calibration activations or the weights that read them are not finite.
     """
-    layout = Layout.full(structure.widths)
     restoration, ranks = restoration or Restoration(), ranks or Ranks()
-    axes = [axis for axis in ("group", "query", "value", "channel") if axis in plan.removed]
+    targets = None
+    if restoration.kind == "unit_scales":
+        if dense is None:
+            raise TypeError("expected a dense stream for unit scales, got none")
+        targets = DenseTargets(model, structure, dense, ranks.reduce)
+    walk = _Walk(model, structure, stream, choice, restoration, ranks, targets)
+    layout = Layout.full(structure.widths)
     with evaluating(model), torch.no_grad():
         for layer in track(range(len(structure.widths.layers))):
-            keep: dict[str, Tensor] = {}
-            attention = _attention(model, structure, layer)
-            recorded = False
-            for axis in axes:
-                removed = plan.removed[axis][layer]
-                if not removed:
-                    continue
-                recorded = axis == "channel"
-                site = structure.readers(model, axis, layer)[0]
-                reader = model.get_submodule(site.path)
-                gram = _observe(stream, layer, site, reader, attention if recorded else None)
-                gram.matrix = ranks.reduce(gram.matrix)
-                kept = ranks.agree(_choose(structure, site, reader, gram, axis, removed))
-                _apply(model, structure, site, gram, kept, restoration)
-                keep |= kept
-                del gram  # before the next one is made
+            keep = walk.layer(layer, [axis for axis in ORDER if axis in axes])
             layout = layout.replace_layer(layer, keep)
-            stream.advance(layer, play=attention if recorded else None)
     return layout
 
 
-def _attention(model: nn.Module, structure: Structure, layer: int) -> nn.Module:
-    path = structure.readers(model, "group", layer)[0].path
-    return model.get_submodule(path.rpartition(".")[0])
+@dataclass
+class _Walk:
+    model: nn.Module
+    structure: Structure
+    stream: Stream
+    choice: Choice
+    restoration: Restoration
+    ranks: Ranks
+    targets: DenseTargets | None
+
+    def layer(self, layer: int, axes: Sequence[str]) -> dict[str, Tensor]:
+        """Prune a layer and move the stream through what is left; the units that stay."""
+        keep: dict[str, Tensor] = {}
+        attention, played = self._attention(layer), None
+        if self.targets is not None:
+            self.targets.enter(layer, self.stream)
+        for axis in axes:
+            if not self.choice.cuts(layer, axis):
+                continue
+            site = self.structure.readers(self.model, axis, layer)[0]
+            reader = self.model.get_submodule(site.path)
+            played = attention if axis == "channel" else None
+            statistics = self._observe(layer, reader, played)
+            kept = self.ranks.agree({axis: self.choice.units(layer, axis, reader, statistics)})
+            self._apply(site, statistics, kept)
+            keep |= kept
+            del statistics  # before the next Gram matrix is made
+        self.stream.advance(layer, play=played)
+        return keep
+
+    def _attention(self, layer: int) -> nn.Module:
+        path = self.structure.readers(self.model, "group", layer)[0].path
+        return self.model.get_submodule(path.rpartition(".")[0])
+
+    def _observe(
+        self, layer: int, reader: nn.Module, attention: nn.Module | None
+    ) -> InputStatistics:
+        gram = self.restoration.kind in ("least_squares", "unit_scales")
+        statistics = InputStatistics(inputs_of(reader), device_of(reader), gram=gram)
+        see, outputs = statistics.add, None
+        if self.targets is not None:
+            see, outputs = self.targets.watch(self.stream, reader, see)
+        self.stream.observe(layer, reader, see, record=attention, outputs=outputs)
+        statistics.reduce(self.ranks.reduce)
+        return statistics
+
+    def _apply(self, site: Site, statistics: InputStatistics, keep: Mapping[str, Tensor]) -> None:
+        """Restore the reader's kept columns, then cut the units out of the layer."""
+        reader = self.model.get_submodule(site.path)
+        if site.line.reads is None or site.layer is None:
+            raise TypeError(f"expected {site.path} to read an axis in a layer")
+        place = f"at the input of {site.path}"
+        require_finite(statistics.norms(), "calibration activations", place)
+        sizes = self.structure.widths.sizes(site.layer)
+        stays = site.line.reads.mask(sizes, keep).to(device_of(reader))
+        columns, kind = stays.nonzero().flatten(), self.restoration.kind
+        restored = offset = None
+        if kind == "least_squares" and statistics.gram is not None:
+            restored = least_squares(
+                matrix_of(reader),
+                statistics.gram.matrix,
+                columns,
+                ridge=self.restoration.ridge,
+                delta=self.restoration.delta,
+            )
+        elif kind == "bias":
+            offset = mean_output(matrix_of(reader), statistics.mean, ~stays)
+        elif kind == "unit_scales" and self.targets is not None:
+            heads = site.line.reads.coordinates(sizes)
+            restored = self.targets.scaled(matrix_of(reader), columns, heads, statistics.gram)
+        cut_layer(self.model, self.structure, site.layer, keep)
+        if restored is not None:
+            matrix_of(reader).copy_(restored)
+        if offset is not None:
+            raise_bias(reader, offset)
 
 
-def _observe(
-    stream: Stream, layer: int, site: Site, reader: nn.Module, record: nn.Module | None
-) -> Gram:
-    weight = reader.get_parameter("weight")
-    size = weight.shape[0] if isinstance(reader, Conv1D) else weight.shape[1]
-    gram = Gram(size, weight.device)
-    stream.observe(layer, reader, gram.add, record=record)
-    return gram
+def mean_output(weight: Tensor, mean: Tensor, removed: Tensor) -> Tensor:
+    """What removed columns put out on average: W_P mean(X_P), [outputs], float32.
+
+    Source: "Fluctuation-based Adaptive Structured Pruning for Large Language Models", the baseline
+    compensation of section 3.3.
+
+    Args:
+        weight: [outputs, inputs].
+        mean: Mean of each input, [inputs].
+        removed: Which columns go, booleans [inputs].
+    """
+    return weight[:, removed].float() @ mean[removed]
 
 
-def _require_finite(values: Tensor, what: str, place: str) -> None:
-    if not torch.isfinite(values).all():
-        raise UserError(
-            f"expected finite {what}, got NaN or infinity {place}; check the model's weights, or "
-            f"use --model.dtype float32"
-        )
+@torch.no_grad()
+def raise_bias(module: nn.Module, offset: Tensor) -> None:
+    """Add to a linear module's bias; it gets one if it has none.
+
+    Args:
+        module: The module.
+        offset: [outputs].
+    """
+    add_bias(module)
+    bias = module.get_parameter("bias")
+    bias.copy_(bias.float() + offset)
 
 
-def _matrix(module: nn.Module) -> Tensor:
+def matrix_of(module: nn.Module) -> Tensor:
     """A linear module's weight as [outputs, inputs]."""
     weight = module.get_parameter("weight").detach()
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _choose(
-    structure: Structure, site: Site, reader: nn.Module, gram: Gram, axis: str, removed: int
-) -> dict[str, Tensor]:
-    sizes = structure.widths.sizes(site.layer)
-    _require_finite(
-        gram.matrix.diagonal(), "calibration activations", f"at the input of {site.path}"
-    )
-    scores = column_scores(_matrix(reader), gram.norms())
-    _require_finite(scores, "weights", f"in {site.path}")
-    if site.line.reads is None:
-        raise TypeError(f"expected {site.path} to read an axis")
-    return {axis: keep_highest(site.line.reads.reduce(scores.cpu(), axis, sizes), removed)}
+def inputs_of(module: nn.Module) -> int:
+    """Number of features that a linear module reads."""
+    return matrix_of(module).shape[1]
 
 
-def _apply(
-    model: nn.Module,
-    structure: Structure,
-    site: Site,
-    gram: Gram,
-    keep: Mapping[str, Tensor],
-    restoration: Restoration,
-) -> None:
-    """Restore the reader's kept columns, then cut the units out of the layer."""
-    reader = model.get_submodule(site.path)
-    if site.line.reads is None or site.layer is None:
-        raise TypeError(f"expected {site.path} to read an axis in a layer")
-    restored = None
-    if restoration.enabled:
-        columns = site.line.reads.positions(structure.widths.sizes(site.layer), keep)
-        restored = least_squares(
-            _matrix(reader),
-            gram.matrix,
-            columns.to(gram.matrix.device),
-            ridge=restoration.ridge,
-            delta=restoration.delta,
-        )
-    cut_layer(model, structure, site.layer, keep)
-    if restored is not None:
-        _matrix(reader).copy_(restored)
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's weight is."""
+    return module.get_parameter("weight").device

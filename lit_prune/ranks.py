@@ -32,4 +32,8 @@ def ranks_of(strategy: Any) -> Ranks:
     def agree(decision: dict[str, Tensor]) -> dict[str, Tensor]:
         return strategy.broadcast(decision)
 
-    return Ranks(reduce, agree)
+    def gather(tensor: Tensor) -> list[Tensor]:
+        alone = getattr(strategy, "world_size", 1) == 1
+        return [tensor] if alone else list(strategy.all_gather(tensor))
+
+    return Ranks(reduce, agree, gather)

@@ -16,7 +16,7 @@ _ATTEMPTS = 6
 
 
 @contextmanager
-def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
     """Keep float32 products exact, whatever precision the process has set for training.
 
     Those of bfloat16 values may run on bfloat16 hardware: the values are exact in it and sums stay
@@ -44,7 +44,7 @@ class Gram:
 
     def add(self, x: Tensor) -> None:
         """Add activations [tokens, features]."""
-        with _exact_products(x.dtype):
+        with exact_products(x.dtype):
             x = x.float()
             self.matrix.addmm_(x.T, x)
 
@@ -95,7 +95,7 @@ def least_squares(
     base = weight[:, keep] if ridge == "weights" else torch.zeros_like(weight[:, keep])
     if not len(rows):
         return base
-    with _exact_products(torch.float32):
+    with exact_products(torch.float32):
         factor = _cholesky(gram[keep][:, keep], delta)
         cross = gram[keep][:, rows]
         if len(rows) <= weight.shape[0]:  # solve for whichever right side is narrower

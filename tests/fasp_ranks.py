@@ -29,9 +29,11 @@ class Windows(LightningDataModule):
         self.rows = rows
         self.asked: list[tuple[int, ...]] = []
 
-    def calibration_batches(self, samples: int, length: int, batch_size: int) -> list[Batch]:
+    def calibration_batches(
+        self, samples: int, length: int, batch_size: int, turn: int = 0
+    ) -> list[Batch]:
         self.asked.append((samples, length, batch_size))
-        generator = torch.Generator().manual_seed(5)
+        generator = torch.Generator().manual_seed(5 + turn)
         ids = torch.randint(3, 61, (samples, length), generator=generator)
         mask = torch.ones_like(ids)
         mask[1, length // 2 :] = 0
@@ -46,7 +48,7 @@ class Windows(LightningDataModule):
 
 def callback(samples: int = 6, **options: Any) -> FASPPruning:
     """What every process runs; two windows a batch."""
-    defaults = {"sparsity": 0.4, "attention": "group", "batch_size": 2, "length": 24}
+    defaults = {"sparsity": 0.4, "axes": ["group", "channel"], "batch_size": 2, "length": 24}
     return FASPPruning(samples=samples, **{**defaults, **options})
 
 
@@ -63,6 +65,11 @@ def trainer_of(*callbacks: Any, **options: Any) -> Trainer:
     )
 
 
+def share(trainer: Trainer, samples: int) -> int:
+    """Batches of this process; each has two windows."""
+    return len(range(samples // 2)[trainer.global_rank :: trainer.world_size])
+
+
 def main(folder: Path, samples: int) -> None:
     """Prune on two processes; each writes what it ended with."""
     torch.set_num_threads(1)
@@ -73,7 +80,7 @@ def main(folder: Path, samples: int) -> None:
     trainer.fit(module, datamodule=Windows())
     weights = {name: p.detach().clone() for name, p in module.model.named_parameters()}
     save_file(weights, folder / f"{samples}-{trainer.global_rank}.safetensors")
-    result = {"layout": module.layout.to_dict(), "batches": len(fasp._batches(trainer))}
+    result = {"layout": module.layout.to_dict(), "batches": share(trainer, samples)}
     path = folder / f"{samples}-{trainer.global_rank}.json"
     path.write_text(json.dumps(result), encoding="utf-8")
 

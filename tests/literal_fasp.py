@@ -79,7 +79,7 @@ def literal(
 
 def restored(weight: Tensor, x: Tensor, keep: list[int], how: Restoration) -> Tensor:
     """Equation 8 of FASP with an inverse, or our ridge; x is [tokens, features]."""
-    if not how.enabled:
+    if how.kind == "none":
         return weight[:, keep].clone()
     x = x.T
     removed = [j for j in range(len(x)) if j not in keep]

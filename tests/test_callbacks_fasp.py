@@ -18,7 +18,8 @@ from lit_prune.allocation import uniform
 from lit_prune.calibration import Stream
 from lit_prune.callbacks import FASPPruning
 from lit_prune.errors import UserError
-from lit_prune.layerwise import Restoration, prune_layers
+from lit_prune.layerwise import Restoration, by_columns, prune_layers
+from lit_prune.scores import column_scores
 from lit_prune.structure import Structure
 from lit_prune.structure.counting import count_actual, unique_labels
 from tests.fasp_ranks import Windows, callback, trainer_of
@@ -47,11 +48,11 @@ def assert_same(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
 
 
-@pytest.mark.parametrize("attention", ["none", "group", "query"])
+@pytest.mark.parametrize("axes", [["channel"], ["group", "channel"], ["query", "channel"]])
 @pytest.mark.parametrize("protected", [[], [1]])
-def test_a_fit_prunes_as_the_functions_do(attention: Any, protected: list[int]) -> None:
+def test_a_fit_prunes_as_the_functions_do(axes: list[Any], protected: list[int]) -> None:
     data, sparsity = Windows(), 0.2
-    options = {"attention": attention, "sparsity": sparsity, "protected_layers": protected}
+    options = {"axes": axes, "sparsity": sparsity, "protected_layers": protected}
     fasp = callback(6, ridge="zero", delta=0.01, **options)
     module = PrunableLM.from_model(tiny_model("llama"))
     trainer_of(fasp).fit(module, datamodule=data)
@@ -60,12 +61,12 @@ def test_a_fit_prunes_as_the_functions_do(attention: Any, protected: list[int]) 
     model = tiny_model("llama")
     structure = Structure.of(model)
     before = count_actual(model, structure, decoder=True), count_actual(model, structure)
-    axes = ["channel"] if attention == "none" else [attention, "channel"]
     labels = unique_labels(model, structure)
     plan = uniform(labels, structure.widths, sparsity, axes, protected=protected)
     stream = Stream(model, structure, Windows().calibration_batches(6, 24, 2))
     how = Restoration(ridge="zero", delta=0.01)
-    layout = prune_layers(model, structure, stream, plan, restoration=how)
+    choose = by_columns(structure, lambda w, x: column_scores(w, x.norms()), plan)
+    layout = prune_layers(model, structure, stream, choose, axes, restoration=how)
     assert module.layout.to_dict() == layout.to_dict()
     assert_same(module.model, dict(model.named_parameters()))
 
@@ -84,7 +85,7 @@ def test_a_fit_prunes_as_the_functions_do(attention: Any, protected: list[int]) 
 
 
 def test_without_restoration_the_weights_are_dense_ones() -> None:
-    module = fitted(callback(restoration=False, attention="none", sparsity=0.2))
+    module = fitted(callback(restoration="none", axes=["channel"], sparsity=0.2))
     dense = tiny_model("llama").state_dict()
     for layer, unit in enumerate(module.layout.layers):
         name = f"model.layers.{layer}.mlp.down_proj.weight"
@@ -113,7 +114,7 @@ def test_a_pruned_module_is_not_pruned_in_a_second_fit() -> None:
 
 
 def test_stock_gives_every_layer_the_same_widths() -> None:
-    module = fitted(callback(sparsity=0.5, attention="query"), stock=True)
+    module = fitted(callback(sparsity=0.5, axes=["query", "channel"]), stock=True)
     assert module.is_stock
     widths = module.structure.widths
     assert widths.uniform("channel") == module.model.config.intermediate_size
@@ -140,9 +141,9 @@ def test_arguments_out_of_range_are_refused(options: dict[str, Any], text: str) 
     ("name", "options", "module", "text"),
     [
         ("llama", {"sparsity": 0.95}, {}, "can reach, got 0.95; the nearest is"),
-        ("gpt2", {"attention": "query"}, {}, r"gpt2 can cut \(channel, group, hidden, layer\)"),
+        ("gpt2", {"axes": ["query"]}, {}, r"gpt2 can cut \(channel, group, value, hidden, layer\)"),
         ("llama", {"protected_layers": [3]}, {}, "protected layers from 0 to 2, got 3"),
-        ("bloom", {"attention": "none"}, {"stock": True}, "--stock that the config of bloom"),
+        ("bloom", {"axes": ["channel"]}, {"stock": True}, "--stock that the config of bloom"),
         ("gpt_neox", {}, {"stock": True}, "--stock that the config of gpt_neox"),
     ],
 )

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_prune import layerwise
+from lit_prune import statistics
 from lit_prune.allocation import Plan
 from lit_prune.calibration import Stream
 from lit_prune.errors import UserError
-from lit_prune.layerwise import Ranks, Restoration, prune_layers
+from lit_prune.layerwise import Ranks, Restoration, by_columns, prune_layers
 from lit_prune.restoration import Gram
+from lit_prune.scores import column_scores
 from lit_prune.structure import Layout, Structure, settle
 from tests.literal_fasp import Batch, columns, literal
 from tests.structure.layouts import cuttable
@@ -52,7 +53,8 @@ def pruned(
 ) -> tuple[Layout, Structure]:
     structure = Structure.of(model)
     stream = Stream(model, structure, batches() if data is None else data)
-    layout = prune_layers(model, structure, stream, plan, **options)
+    choose = by_columns(structure, lambda w, x: column_scores(w, x.norms()), plan)
+    layout = prune_layers(model, structure, stream, choose, list(plan.removed), **options)
     settle(model, structure, layout)
     return layout, structure
 
@@ -93,7 +95,7 @@ def test_it_is_fasp(name: str, axes: tuple[str, ...]) -> None:
     "how",
     [
         Restoration(),
-        Restoration(enabled=False),
+        Restoration("none"),
         Restoration(ridge="zero", delta=0.05),
         Restoration(ridge="weights", delta=0.05),
     ],
@@ -145,10 +147,10 @@ def test_restoration_makes_up_for_what_others_carry_too() -> None:
             values = dense.get_parameter(f"model.layers.{layer}.mlp.{name}").data
             values[10:] = values[:10]
     errors = []
-    for enabled in (True, False):
+    for kind in ("least_squares", "none"):
         model = copy.deepcopy(dense)
         first = Ranks(agree=lambda kept: {"channel": torch.arange(10)})
-        how = Restoration(enabled, delta=1e-6)
+        how = Restoration(kind, delta=1e-6)
         pruned(model, Plan({"channel": [10] * 3}, 0.0), restoration=how, ranks=first)
         errors.append((logits(model) - logits(dense)).abs().max() / logits(dense).abs().max())
     assert errors[0] < 1e-3
@@ -195,7 +197,7 @@ def _tensors() -> list[Tensor]:
 
 
 def test_one_gram_matrix_and_the_stream_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layerwise, "Gram", Counted)
+    monkeypatch.setattr(statistics, "Gram", Counted)
     Counted.made = 0
     model = tiny_model("llama")
     held: list[int] = []

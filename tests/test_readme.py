@@ -90,7 +90,7 @@ def test_a_module_and_a_callback_of_ones_own(place: Path):
 
 def test_a_data_module_of_ones_own_needs_what_is_said(place: Path):
     with pytest.raises(Exception, match=re.escape("calibration_batches(samples, length, batch_s")):
-        FASPPruning()._batches(Trainer(logger=False))
+        FASPPruning().draw(Trainer(logger=False))
     assert "`calibration_batches(samples, length, batch_size)`" in README
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
+from lit_prune.adapter_files import save_adapter
 from lit_prune.cli.guard import say
 from lit_prune.errors import UserError
 from lit_prune.export.describe import card_of
 from lit_prune.files import folder_errors, written_at_once
 from lit_prune.module import PrunableLM
-from lit_prune.recovery import lora_parameters, remove_lora, save_adapter
+from lit_prune.recovery import lora_parameters, remove_lora
 from lit_prune.report import load_lines
 from lit_prune.restore import model_options, restore
 from lit_prune.structure.counting import count_actual

@@ -40,7 +40,7 @@ def inspect_model(
     *,
     sparsity: float | None = None,
     method: Literal["fasp"] = "fasp",
-    attention: Literal["none", "group", "query"] = "none",
+    axes: list[Literal["channel", "group", "query", "value"]] = ["channel"],  # noqa: B006
     protected_layers: list[int] = [],  # noqa: B006 - the command line shows the default
     stock: bool = False,
     length: int = 2048,
@@ -55,7 +55,7 @@ def inspect_model(
         model: Hub id, folder, .gguf file, embedded:smollm2-135m-instruct or an earlier export.
         sparsity: Show what is left when this share of the decoder's parameters goes.
         method: How it would be spread over the layers.
-        attention: What goes in attention: KV groups, query heads, or none.
+        axes: What goes: channels, and of attention one of KV groups, query heads or value channels.
         protected_layers: Layers that stay whole.
         stock: Only what the family's own config can express.
         length: Tokens in the context, for multiply-accumulates and the KV cache.
@@ -80,11 +80,10 @@ def inspect_model(
         "totals": totals(skeleton, structure, length),
     }
     if sparsity is not None:
-        axes = ["channel"] if attention == "none" else [attention, "channel"]
         options = {"protected_layers": list(protected_layers), "stock": stock}
         found["cut"] = {
             "method": method,
-            "axes": axes,
+            "axes": list(axes),
             **options,
             **_cut(skeleton, structure, sparsity, axes, length, **options),
         }

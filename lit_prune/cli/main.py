@@ -153,6 +153,9 @@ class PruneCLI(LightningCLI):
                 for callback in config["callbacks"]
                 if not getattr(callback, "is_recovery", False)
             ]
+            if fits and self.config[self.subcommand].no_recovery:
+                steps = [getattr(callback, "last_step", 0) for callback in config["callbacks"]]
+                config["max_steps"] = max(steps, default=0)  # some train before they cut
         if fits and config.get("enable_checkpointing") is not False:
             _place_checkpoints(config["callbacks"], root / "checkpoints")
             if config.get("max_steps") == 0:  # first in the list: before anything is merged

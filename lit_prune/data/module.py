@@ -38,6 +38,10 @@ class _Text(NamedTuple):
     tokens: Tokens
 
 
+#: Far from any seed that is given, so that turns of one seed are not those of the next.
+_TURN = 1_000_003
+
+
 class TextDataModule(LightningDataModule):
     """Text for pruning, recovery and evaluation, tokenised once.
 
@@ -179,13 +183,16 @@ class TextDataModule(LightningDataModule):
         if stage == "fit" and len(texts) < len(self._loaded):
             rank_zero_warn("training and evaluation texts are the same: perplexity will flatter")
 
-    def calibration_batches(self, samples: int, length: int, batch_size: int) -> list[Batch]:
+    def calibration_batches(
+        self, samples: int, length: int, batch_size: int, turn: int = 0
+    ) -> list[Batch]:
         """Draws calibration windows by seed, the same on every rank.
 
         Args:
             samples: Number of windows (rows, for instructions), all different.
             length: Tokens of a window; rows are truncated to it.
             batch_size: Windows in a batch; the last batch may have fewer.
+            turn: Number of the draw, where a method draws anew each time it prunes.
 
         Returns:
             Batches of input_ids, attention_mask and labels, int64 [batch, length].
@@ -205,7 +212,7 @@ class TextDataModule(LightningDataModule):
             option=f"number of samples or length, or raise calibration_share from "
             f"{self.calibration_share:g}",
         )
-        items = [data[index] for index in draw(samples, len(data), self.seed)]
+        items = [data[index] for index in draw(samples, len(data), self.seed + _TURN * turn)]
         collate = self._collate()
         return [collate(items[i : i + batch_size]) for i in range(0, samples, batch_size)]
 

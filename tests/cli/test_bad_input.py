@@ -155,12 +155,10 @@ def test_no_tokenizer(workspace: Workspace, tmp_path: Path, refused: Check) -> N
     refused("fit", "--config", config, words="expected a tokenizer, got none")
 
 
-@pytest.mark.parametrize("attention", ["value", "grup"])
-def test_an_unknown_axis(
-    workspace: Workspace, tmp_path: Path, refused: Check, attention: str
-) -> None:
-    config = workspace.config(tmp_path / "x.yaml", fasppruning={"attention": attention})
-    words = f"attention: expected one of 'none', 'group', 'query', got {attention}"
+@pytest.mark.parametrize("axis", ["layer", "grup"])
+def test_an_unknown_axis(workspace: Workspace, tmp_path: Path, refused: Check, axis: str) -> None:
+    config = workspace.config(tmp_path / "x.yaml", fasppruning={"axes": [axis]})
+    words = f"expected one of 'channel', 'group', 'query', 'value', 'hidden', got {axis}"
     refused("fit", "--config", config, words=words)
 
 
@@ -169,9 +167,9 @@ def test_an_axis_that_the_family_has_not(
 ) -> None:
     model = save_model(tmp_path / "model", "gpt2")
     changes: dict[str, Any] = {"model": {"pretrained": model}}
-    config = workspace.config(tmp_path / "x.yaml", fasppruning={"attention": "query"}, **changes)
-    refused("fit", "--config", config, words="gpt2 can cut (channel, group, hidden, layer)")
-    config = workspace.config(tmp_path / "y.yaml", fasppruning={"attention": "group"}, **changes)
+    config = workspace.config(tmp_path / "x.yaml", fasppruning={"axes": ["query"]}, **changes)
+    refused("fit", "--config", config, words="gpt2 can cut (channel, group, value, hidden, layer)")
+    config = workspace.config(tmp_path / "y.yaml", fasppruning={"axes": ["group"]}, **changes)
     words = "the config of gpt2 can express, got 'group', for which it would need a field for head"
     refused("fit", "--config", config, "--stock", words=words)
 
@@ -185,7 +183,7 @@ def test_missing_files(workspace: Workspace, tmp_path: Path, refused: Check) -> 
     refused(*fit, "--model.pretrained", "no-such/model", words="got no connection and no copy")
     refused(*fit, "--model.pretrained", "no.gguf", words="expected a GGUF file at no.gguf")
     refused(*fit, "--ckpt_path", "no.ckpt", words="got no.ckpt, which does not exist")
-    refused("fit", "--config", "no.yaml", words="shipped configuration (fasp, quickstart), got 'no")
+    refused("fit", "--config", "no.yaml", words="shipped configuration (cce, fasp, ")
     refused("export", "no", "--out", "out", words="a run's folder with a config.yaml, got no")
     refused("inspect", "./no/model", words="at './no/model', got nothing there")
 
@@ -258,7 +256,7 @@ def test_a_typo(workspace: Workspace, tmp_path: Path, refused: Check) -> None:
     refused(*fit, "--data.lenght", "8", words="did you mean --data.length?")
     refused(*fit, "--model.dtype", "bf16", words="--model.dtype: expected one of 'auto', 'float32'")
     refused("fti", words="did you mean 'fit'?")
-    refused("fit", "--config", "fsap", words="shipped configuration (fasp, quickstart), got 'fsap'")
+    refused("fit", "--config", "fsap", words="quickstart, random, taylor, vib, wanda), got 'fsap'")
     refused("inspect", workspace.model, "--sparsty", "0.2", words="did you mean --sparsity?")
     refused("export", "run", "--ouut", "x", words="did you mean --out?")
     other = workspace.config(tmp_path / "y.yaml", fasppruning={"sparsty": 0.2})

@@ -215,7 +215,7 @@ def test_a_second_run_is_refused_replaced_or_resumed(
     for name, entry in report["models"].items():
         assert entry["perplexity"] == again["models"][name]["perplexity"]
 
-    assert fit(workspace, here, "--overwrite", fasppruning={"attention": "group"}) == 0
+    assert fit(workspace, here, "--overwrite", fasppruning={"axes": ["group", "channel"]}) == 0
     assert (run / "pruned/model.safetensors").read_bytes() != weights
     assert [path.name for path in here.iterdir()] == ["run"]
     (step,) = json.loads((run / "pruned/lit_prune.json").read_text())["lineage"]

@@ -76,7 +76,7 @@ def cut_to(model: Any, widths: dict[str, list[int]]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "attention", "stock"),
+    ("name", "heads", "stock"),
     [
         ("llama", "none", False),
         ("llama-tied", "group", False),
@@ -92,12 +92,12 @@ def cut_to(model: Any, widths: dict[str, list[int]]) -> bool:
     ],
 )
 def test_numbers_are_those_of_a_real_cut(
-    folder: Any, name: str, attention: Any, stock: bool
+    folder: Any, name: str, heads: Any, stock: bool
 ) -> None:
     found = inspect_model(
         folder(name),
         sparsity=0.2,
-        attention=attention,
+        axes=["channel"] if heads == "none" else [heads, "channel"],
         stock=stock,
         length=_LENGTH,
         dtype="bfloat16",
@@ -237,8 +237,8 @@ def _channels(structure: Structure, widths: list[int]) -> Layout:
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("gpt2", {"attention": "query"}, "axis that gpt2 can cut .channel, group"),
-        ("gpt2", {"attention": "group", "stock": True}, "'group', .* a field for head_dim"),
+        ("gpt2", {"axes": ["query"]}, "axis that gpt2 can cut .channel, group"),
+        ("gpt2", {"axes": ["group"], "stock": True}, "'group', .* a field for head_dim"),
         ("bloom", {"stock": True}, "'channel', .* a field for channel"),
         ("llama", {"stock": True, "protected_layers": [1]}, "no protected layers under --stock"),
         ("llama", {"protected_layers": [3]}, "protected layers from 0 to 2, got 3"),
