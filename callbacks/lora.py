@@ -9,12 +9,15 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, Trainer
 
 from lit_prune.errors import UserError
+from lit_prune.quantized import Precision
+from lit_prune.refit import accumulating
 
 
 class LoRARecovery(Callback):
     """Attaches LoRA once the model is pruned; it is merged in float32 at the end of the fit.
 
-    List it behind the pruning callback. Without one it trains the dense model.
+    List it behind the pruning callback. Without one it trains the dense model. Where pruning goes
+    on during the fit it waits for the last cut.
 
     Args:
         rank: Rank of every adapter.
@@ -24,6 +27,11 @@ class LoRARecovery(Callback):
             module of the decoder layers.
         dtype: The adapters' dtype, ``auto`` for the model's.
         seed: Seed of their initial values.
+        base: How the frozen weights under the adapters are held while they train: ``8bit`` and
+            ``4bit`` (bitsandbytes) save memory of a GPU. The dense ones wait in the CPU's memory,
+            and it is those that the adapters are merged into.
+        adapter: Folder of a peft adapter to start from, whose rank, alpha and targets then count.
+            It must fit the pruned model.
     """
 
     is_recovery = True
@@ -36,6 +44,8 @@ class LoRARecovery(Callback):
         targets: Sequence[str] = (),
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         seed: int = 0,
+        base: Precision = "dense",
+        adapter: str | None = None,
     ) -> None:
         self.options = {
             "rank": rank,
@@ -44,6 +54,8 @@ class LoRARecovery(Callback):
             "targets": list(targets),
             "dtype": dtype,
             "seed": seed,
+            "base": base,
+            "adapter": adapter,
         }
         self._start: float | None = None
 
@@ -53,15 +65,34 @@ class LoRARecovery(Callback):
             pl_module.check_adapter(**self.options)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Attach the adapters, unless the fit resumes with them or does not train at all."""
+        """Attach the adapters, unless cuts are to come or the fit has them or does not train.
+
+        Raises:
+            UserError: The model is finished, an option is out of range, or the adapter to start
+                from does not fit.
+        """
         if pl_module.phase == "done" and not pl_module.resumed:
             raise UserError("expected a model to train, got a finished one; make a new module")
-        if pl_module.phase in {"dense", "pruned"} and not trainer.fit_loop.skip:
-            pl_module.recut(trainer, lambda: pl_module.attach_adapter(**self.options))
+        self._attach(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clock."""
-        self._start = time.perf_counter() - pl_module.seconds.get("recover", 0.0)
+        if not pl_module.pruning_ahead:
+            self._start = time.perf_counter() - pl_module.seconds.get("recover", 0.0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Attach the adapters after the last cut, if it was made during the fit."""
+        if self._attach(trainer, pl_module):
+            self.on_train_start(trainer, pl_module)
+
+    def _attach(self, trainer: Trainer, pl_module: Any) -> bool:
+        waits = pl_module.phase not in {"dense", "pruned"} or pl_module.pruning_ahead
+        if waits or trainer.fit_loop.skip or accumulating(trainer):
+            return False
+        pl_module.recut(trainer, lambda: pl_module.attach_adapter(**self.options))
+        return True
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: Any) -> None:
         """Read the clock, so that a resumed fit counts on from here."""

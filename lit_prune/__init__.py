@@ -6,6 +6,7 @@ The names below are loaded when they are first used, so that importing the packa
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ _HOME = {
     "TextDataModule": "lit_prune.data",
     "load_pruned": "lit_prune.export",
 }
+
+# peft imports bitsandbytes where there is one, which warns of a kernel that it would download
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

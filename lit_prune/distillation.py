@@ -7,8 +7,9 @@ rows, in float32 buffers of some MB; what is kept is one gradient in the student
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from lit_prune.errors import UserError
 from lit_prune.evaluation import block_rows, predicted_tokens, row_blocks
+
+
+class LossTerm(Protocol):
+    """Computes a training loss from a batch and the model's output, in place of cross-entropy."""
+
+    def __call__(self, module: Any, batch: Mapping[str, Tensor], output: Any) -> Tensor:
+        """The loss of a batch, []."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -84,35 +93,6 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return distillation_loss(logits, None, labels, kl_weight=0)["total"]
 
 
-def logit_kl(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 1.0
-) -> Tensor:
-    """T² · KL(teacher ‖ student) at temperature T, mean over predicted tokens, [].
-
-    Args:
-        student_logits: [batch, length, vocab].
-        teacher_logits: [batch, length, vocab].
-        labels: Unshifted labels [batch, length], -100 = ignored.
-        temperature: T, divides both logits.
-    """
-    return distillation_loss(
-        student_logits, teacher_logits, labels, task_weight=0, temperature=temperature
-    )["total"]
-
-
-def logit_mse(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """Squared difference of the logits, mean over predicted tokens and vocabulary, [].
-
-    Args:
-        student_logits: [batch, length, vocab].
-        teacher_logits: [batch, length, vocab].
-        labels: Unshifted labels [batch, length], -100 = ignored.
-    """
-    return distillation_loss(
-        student_logits, teacher_logits, labels, task_weight=0, kl_weight=0, mse_weight=1
-    )["total"]
-
-
 def hidden_mse(student_hidden: Tensor, teacher_hidden: Tensor, labels: Tensor) -> Tensor:
     """Squared difference of one layer's hidden states, mean over predicted tokens and features.
 
@@ -127,7 +107,9 @@ def hidden_mse(student_hidden: Tensor, teacher_hidden: Tensor, labels: Tensor) -
     Raises:
         UserError: The shapes differ, as they do after the hidden axis was cut.
     """
-    return logit_mse(student_hidden, teacher_hidden, labels)
+    return distillation_loss(
+        student_hidden, teacher_hidden, labels, task_weight=0, kl_weight=0, mse_weight=1
+    )["total"]
 
 
 def _check_shapes(student: Tensor, teacher: Tensor | None) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lit_prune.calibration import evaluating
 from lit_prune.errors import UserError
+from lit_prune.progress import track
 
 IGNORED = -100
 # Entries of a float32 block: 16 MB. Smaller ones are hardly faster, and on a busy machine threads
@@ -178,8 +178,8 @@ def perplexity(
     """
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    with _evaluating(model):
-        for index, batch in enumerate(_track(batches, progress)):
+    with evaluating(model), torch.no_grad():
+        for index, batch in enumerate(track(batches, progress or "", progress is not None)):
             inputs = {
                 name: batch[name].to(device)
                 for name in ("input_ids", "attention_mask")
@@ -231,7 +231,7 @@ def throughput(
         for name, model in models.items():
             device = next(model.parameters()).device
             tokens = input_ids.to(device)
-            with _evaluating(model):
+            with evaluating(model), torch.no_grad():
                 _synchronize(device)
                 start = time.perf_counter()
                 model(input_ids=tokens, use_cache=False)
@@ -260,35 +260,3 @@ def _synchronize(device: torch.device) -> None:
     """Wait for a GPU's queue, so that the clock measures the work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's former mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _track(batches: Iterable[Any], text: str | None) -> Iterator[Any]:
-    """Iterate with a progress bar on a terminal, else with a line at start and end."""
-    if text is None:
-        yield from batches
-        return
-    total = len(batches) if isinstance(batches, Sized) else None
-    if not sys.stderr.isatty():
-        start = time.perf_counter()
-        size = "" if total is None else f" ({total} batches)"
-        print(f"{text}{size} ...", file=sys.stderr, flush=True)
-        yield from batches
-        print(f"{text}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(batches, text, total=total, console=Console(stderr=True))

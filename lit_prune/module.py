@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_prune import recovery, state
-from lit_prune.distillation import cross_entropy
+from lit_prune import adapters, opening, recovery, state, teacher
+from lit_prune.distillation import LossTerm, cross_entropy
 from lit_prune.dtypes import DTYPES, keeping_dtypes
 from lit_prune.errors import UserError
 from lit_prune.evaluation import TokenPerplexity
-from lit_prune.export import export_checkpoint, read_lineage
-from lit_prune.pretrained import load_pretrained, load_tokenizer, resolve
-from lit_prune.refit import refit
-from lit_prune.schedule import warmup_cosine
-from lit_prune.structure import Layout, Structure, Widths, settle
+from lit_prune.export import export_checkpoint
+from lit_prune.pretrained import load_tokenizer
+from lit_prune.quantized import Precision
+from lit_prune.refit import recut
+from lit_prune.schedule import OptimizerName, Shape, check_settings, optimization
+from lit_prune.structure import Layout, Structure
 
 Phase = Literal["dense", "pruned", "recovery", "done"]
-
-
-class LossTerm(Protocol):
-    """Computes a training loss from a batch and the model's output, in place of cross-entropy."""
-
-    def __call__(self, module: Any, batch: Mapping[str, Tensor], output: Any) -> Tensor:
-        """The loss of a batch, []."""
-        ...
 
 
 class PrunableLM(LightningModule):
@@ -51,7 +41,9 @@ class PrunableLM(LightningModule):
         stock: Let methods choose only what the family's stock config can express.
         learning_rate: Peak learning rate of AdamW over whatever is trained.
         weight_decay: Weight decay of AdamW.
-        warmup: Share of the steps in which the rate rises, before it falls as a cosine.
+        warmup: Share of the steps in which the rate rises, before it falls.
+        optimizer: AdamW with moments in 32 bit, or in 8 bit (through bitsandbytes).
+        schedule: How the rate falls to zero: as a ``cosine``, ``linear``, or not (``constant``).
     """
 
     def __init__(
@@ -67,23 +59,21 @@ class PrunableLM(LightningModule):
         learning_rate: float = 1e-4,
         weight_decay: float = 0.0,
         warmup: float = 0.03,
+        optimizer: OptimizerName = "adamw",
+        schedule: Shape = "cosine",
     ) -> None:
         super().__init__()
         if dtype not in DTYPES:
             raise UserError(f"expected a dtype out of {', '.join(DTYPES)}, got {dtype!r}")
-        if not (learning_rate >= 0 and weight_decay >= 0 and 0 <= warmup <= 1):
-            raise UserError(
-                "expected learning_rate and weight_decay of at least 0 and warmup from 0 to 1, got "
-                f"{learning_rate:g}, {weight_decay:g} and {warmup:g}"
-            )
+        self.optimization: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
+        check_settings(optimizer, schedule, warmup=warmup, **self.optimization)
+        self.optimizer_name, self.schedule, self.warmup = optimizer, schedule, warmup
         self.pretrained = pretrained
         self.dtype_name = dtype
         self.access = {"trust_remote_code": trust_remote_code, "token": token}
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.stock = stock
-        self.optimization: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
-        self.warmup = warmup
         self.model: Any = None
         self.structure: Structure
         self.layout: Layout
@@ -103,7 +93,15 @@ class PrunableLM(LightningModule):
         #: Filled by a report callback, for the model card.
         self.report: dict[str, Any] | None = None
         self.loss_term: LossTerm | None = None
+        #: Gives the optimizers and schedules instead of this module's own, as while masks train.
+        self.optimization_of: Callable[[Any], Any] | None = None
+        #: What a callback trains beside the model, such as mask probabilities.
+        self.gates: nn.Module | None = None
+        #: Whether a callback will cut again, so that recovery waits.
+        self.pruning_ahead = False
+        #: Whether the dense model is kept when it is first cut, and how.
         self.keep_teacher = False
+        self.teacher_precision: Precision = "dense"
         self.perplexity = TokenPerplexity()
         # not in the module tree: not saved, not in DDP's buckets
         self._outside: dict[str, Any] = {}
@@ -121,7 +119,7 @@ class PrunableLM(LightningModule):
         module = cls(name, **{"dtype": "auto", **options})
         module._outside["tokenizer"] = tokenizer
         module._outside["given"] = True
-        module._adopt(model)
+        opening.adopt(module, model)
         module.is_stock = not hasattr(model.config, "lit_prune")
         return module
 
@@ -147,52 +145,17 @@ class PrunableLM(LightningModule):
         Raises:
             UserError: The model looks positions up in a table that is shorter.
         """
-        config = self.model.config
-        limit = getattr(config, "max_position_embeddings", None) or tokens
-        if tokens <= limit:
-            return
-        message = f"expected {what} of at most {limit} tokens, the model's context, got {tokens}"
-        if "position" in self.structure.widths.shared:
-            raise UserError(f"{message}; set a shorter length")
-        rank_zero_warn(f"{message}: the figures will say little")
-
-    @property
-    def teacher(self) -> nn.Module | None:
-        """The dense model, if `keep_teacher` was set before the first cut."""
-        return self._outside.get("teacher")
+        opening.check_length(self, tokens, what)
 
     def configure_model(self) -> None:
         """Load the model, once."""
         if self.model is not None:
             return
-        model, tokenizer = load_pretrained(
-            self.pretrained,
-            dtype=DTYPES[self.dtype_name],
-            attn_implementation=self.attn_implementation,
-            **self.access,
-        )
-        self._outside.setdefault("tokenizer", tokenizer)
-        widths = None
-        source = resolve(self.pretrained)
-        if source.local and source.gguf is None:
-            record = read_lineage(source.place)
-            self.lineage = list(record["lineage"])
-            if record["layout"] is not None:
-                saved = record["layout"]["widths"]
-                widths = Widths(saved["shared"], saved["layers"])
-        self._adopt(model, widths)
-        self.is_stock = widths is None or settle(model, self.structure, self.layout)
+        opening.configure(self)
         data: Any = getattr(self._trainer, "datamodule", None)
         if hasattr(data, "check") and self.trainer.training:
             with torch.device("cpu"):  # Lightning calls this under the device of the model
                 data.check("fit")  # before anything is cut, and now with the vocabulary's size
-
-    def _adopt(self, model: Any, widths: Widths | None = None) -> None:
-        self.structure = Structure.of(model, widths)
-        self.layout = Layout.full(self.structure.widths)
-        if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model = model
 
     # --- cutting -------------------------------------------------------------------------------
 
@@ -206,98 +169,41 @@ class PrunableLM(LightningModule):
             change: Cuts the model in place and returns what stays, in the numbering of the model
                 before it; or changes something else, such as adapters, and returns None.
         """
-        self._tell(trainer, "on_before_cut")
-        self._make_teacher()
-        self.first_step = trainer.global_step
-        was_cut = refit(trainer, lambda: self._change(change))
-        if was_cut:
-            self._tell(trainer, "on_after_cut")
+        recut(self, trainer, change)
 
-    def _change(self, change: Callable[[], Layout | None]) -> bool:
-        start = time.perf_counter()
-        layout = change()
-        if layout is None:
-            return False
-        self.is_stock = settle(self.model, self.structure, layout)
-        self.layout = self.layout.then(layout)
-        self.phase = "pruned"
-        self.seconds["calibrate_and_prune"] = time.perf_counter() - start
-        return True
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The dense model, if `keep_teacher` was set before the first cut."""
+        return self._outside.get("teacher")
 
-    def _tell(self, trainer: Trainer, event: str) -> None:
-        for callback in cast(Any, trainer).callbacks:
-            if hasattr(callback, event):
-                getattr(callback, event)(trainer, self)
-
-    def _make_teacher(self) -> None:
-        if not self.keep_teacher or self.teacher is not None or self.phase != "dense":
-            return
-        self._outside["teacher"] = copy.deepcopy(self.model).eval().requires_grad_(False)
-
-    def require_teacher(self) -> nn.Module:
+    def require_teacher(self, precision: Precision = "dense") -> nn.Module:
         """The dense model on this module's device, loaded again if a resumed run has none.
 
+        Args:
+            precision: How the weights of its layers are held.
+
         Raises:
-            UserError: The model was given in memory and is cut, and no copy was kept.
+            UserError: The model was given in memory and is cut, and no such copy was kept.
         """
-        self._make_teacher()
-        if self.teacher is None and "given" in self._outside:
-            raise UserError(
-                "expected the dense model to be at hand, got a model given in memory that was cut "
-                "without a copy; set keep_teacher = True on the module before the fit"
-            )
-        if self.teacher is None:
-            model, _ = load_pretrained(
-                self.pretrained,
-                dtype=DTYPES[self.dtype_name],
-                attn_implementation=self.attn_implementation,
-                **self.access,
-            )
-            self._outside["teacher"] = model.eval().requires_grad_(False)
-        with keeping_dtypes(self._outside["teacher"]):  # the trainer may have cast the student
-            return self._outside["teacher"].to(self.device, self.model.dtype)
+        return teacher.require(self, precision)
 
     # --- recovery ------------------------------------------------------------------------------
 
-    def check_adapter(self, **options: Any) -> list[str]:
-        """Find the modules that an adapter goes to; what it is made with is checked too.
-
-        Args:
-            options: As for `attach_adapter`.
-
-        Returns:
-            Their paths.
+    def check_adapter(self, **options: Any) -> None:
+        """Refuse what `attach_adapter` would refuse, before much time is spent.
 
         Raises:
             UserError: An option is out of range, or no module has a wanted name.
         """
-        wanted = set(options["targets"])
-        paths = [
-            site.path
-            for site in self.structure.sites(self.model)
-            if site.layer is not None and site.line.reads is not None
-        ]
-        chosen = [path for path in paths if not wanted or path.rpartition(".")[2] in wanted]
-        if not chosen:
-            names = sorted({path.rpartition(".")[2] for path in paths})
-            raise UserError(f"expected LoRA targets out of {', '.join(names)}, got {wanted}")
-        ranges = {name: options[name] for name in ("rank", "alpha", "dropout")}
-        recovery.check_lora(self.model, targets=chosen, **ranges)
-        return chosen
+        adapters.check(self, options)
 
     def attach_adapter(self, **options: Any) -> None:
         """Attach LoRA to linear modules of the decoder layers and freeze the rest.
 
         Args:
-            options: `rank`, `alpha`, `dropout`, `dtype` (a name) and `seed` as for
-                `lit_prune.recovery.attach_lora`; `targets` are names of modules, empty for all.
+            options: As for `lit_prune.adapters.attach`.
         """
-        chosen = self.check_adapter(**options)
-        dtype = DTYPES.get(options["dtype"]) or self.model.dtype
-        arguments = {**options, "targets": chosen, "dtype": dtype}
-        recovery.attach_lora(self.model, **arguments)
-        # written out, since "auto" may mean another when this is read
-        self.adapter = {**options, "dtype": str(dtype).removeprefix("torch.")}
+        self.adapter = adapters.attach(self, options)
         self.phase = "recovery"
 
     def finish(self) -> None:
@@ -371,12 +277,8 @@ class PrunableLM(LightningModule):
         self.log(key, self.perplexity, on_step=False, on_epoch=True, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW over what is trained, with a linear warm-up and a cosine to zero."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, **self.optimization)
-        steps = self.trainer.max_steps and int(self.trainer.estimated_stepping_batches)
-        schedule = warmup_cosine(optimizer, max(steps - self.first_step, 1), self.warmup)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        """AdamW over what is trained and its schedule, or what a callback set."""
+        return (self.optimization_of or optimization)(self)
 
     def on_fit_start(self) -> None:
         """Put the model into training mode, which loading left it out of."""
@@ -393,7 +295,6 @@ class PrunableLM(LightningModule):
             UserError: The checkpoint is of another model.
         """
         self.configure_model()
-        self._make_teacher()  # before the cut
         state.load(self, checkpoint.get("lit_prune"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrunableLM:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 
@@ -16,7 +16,7 @@ def track(items: Iterable[Any], text: str, shown: bool = True) -> Iterator[Any]:
         text: What is being done.
         shown: Whether to show anything, such as on the first rank only.
     """
-    total = len(items) if isinstance(items, (Sequence, range)) else None
+    total = len(items) if isinstance(items, Sized) else None
     if not shown:
         yield from items
     elif sys.stderr.isatty():

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.errors import UserError
-from lit_prune.files import follow_umask
+from lit_prune.quantized import Precision, QuantizedLinear
 
-_NAME = "default"
-_PEFT_PREFIX = "base_model.model."
+#: peft's name for the adapter of a model, and what it puts before its modules' paths.
+NAME = "default"
+PEFT_PREFIX = "base_model.model."
 
 
 def attach_lora(
@@ -67,9 +64,9 @@ def attach_lora(
     with torch.random.fork_rng(gpus), warnings.catch_warnings():
         # peft warns of each change between Linear and Conv1D, and sets the layer right.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        inject_adapter_in_model(config, model, adapter_name=_NAME)
+        inject_adapter_in_model(config, model, adapter_name=NAME)
     generator = torch.Generator().manual_seed(seed)
-    layers = dict(_lora_layers(model))
+    layers = dict(lora_layers(model))
     if set(layers) != set(targets):
         wrong = sorted(set(layers) ^ set(targets))[0]
         raise UserError(f"expected LoRA on the {len(targets)} given layers only, got {wrong}")
@@ -116,7 +113,30 @@ def has_lora(model: nn.Module) -> bool:
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """A and B of every layer, in the model's order."""
-    return [factor for _, layer in _lora_layers(model) for factor in _factors(layer)]
+    return [factor for _, layer in lora_layers(model) for factor in _factors(layer)]
+
+
+def quantize_base(model: nn.Module, precision: Precision) -> None:
+    """Hold the frozen layers under LoRA in 8 or 4 bit, in place, until it is merged or removed.
+
+    Their dense weights wait on the CPU; `state_dict` gives and loads those.
+
+    Args:
+        model: A model with LoRA.
+        precision: ``dense`` to leave them as they are, ``8bit`` or ``4bit``.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    for _, layer in lora_layers(model) if precision != "dense" else ():
+        base = cast(nn.Linear, layer.get_base_layer())
+        layer.base_layer = QuantizedLinear(base, precision, keep=True)
+
+
+def _base(layer: LoraLayer) -> nn.Linear | Conv1D:
+    """The dense layer under LoRA."""
+    base = layer.get_base_layer()
+    return base.dense() if isinstance(base, QuantizedLinear) else cast(nn.Linear, base)
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -132,7 +152,7 @@ def merge_lora(model: nn.Module) -> None:
     Raises:
         UserError: An adapter has NaN or infinite values; then nothing is merged.
     """
-    layers = list(_lora_layers(model))
+    layers = list(lora_layers(model))
     for path, layer in layers:
         if not all(factor.isfinite().all() for factor in _factors(layer)):
             raise UserError(
@@ -140,7 +160,7 @@ def merge_lora(model: nn.Module) -> None:
                 "the recovery diverged, lower its learning rate"
             )
     for _, layer in layers:
-        base = layer.get_base_layer()
+        base = _base(layer)
         _add_update(cast(nn.Parameter, base.weight), layer, isinstance(base, Conv1D))
     remove_lora(model)
 
@@ -151,10 +171,10 @@ def remove_lora(model: nn.Module) -> None:
     Args:
         model: A model, with LoRA or without.
     """
-    layers = list(_lora_layers(model))
+    layers = list(lora_layers(model))
     for path, layer in layers:
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer.get_base_layer())
+        setattr(model.get_submodule(parent), name, _base(layer))
     if layers:
         if hasattr(model, "peft_config"):
             del model.peft_config
@@ -167,7 +187,7 @@ def _add_update(weight: nn.Parameter, layer: LoraLayer, transposed: bool) -> Non
     down, up = _factors(layer)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(weight.device.type, enabled=False):
-        update = layer.scaling[_NAME] * (up.to(dtype) @ down.to(dtype))
+        update = layer.scaling[NAME] * (up.to(dtype) @ down.to(dtype))
         weight.copy_(weight.to(dtype) + (update.T if transposed else update))
 
 
@@ -178,7 +198,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
         `<layer>.lora_A.weight` [rank, in] and `<layer>.lora_B.weight` [out, rank] of each layer.
     """
     state = {}
-    for path, layer in _lora_layers(model):
+    for path, layer in lora_layers(model):
         down, up = _factors(layer)
         state[f"{path}.lora_A.weight"] = down.detach()
         state[f"{path}.lora_B.weight"] = up.detach()
@@ -196,16 +216,21 @@ def check_adapter(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         UserError: Names the first layer that is missing or has another shape.
     """
     modules = dict(model.named_modules())
-    for key, tensor in state.items():
-        path, _, factor = key.removeprefix(_PEFT_PREFIX).rpartition(".lora_")
-        module = modules.get(path)
+    order = {path: number for number, path in enumerate(modules)}
+
+    def place(key: str) -> tuple[int, str]:
+        return order.get(_layer_of(key)[0], -1), key
+
+    for key in sorted(state, key=place):
+        path, factor = _layer_of(key)
+        module, tensor = modules.get(path), state[key]
         base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-        if not isinstance(base, (nn.Linear, Conv1D)) or factor not in ("A.weight", "B.weight"):
+        size = _size(base)
+        if size is None or factor not in ("A.weight", "B.weight"):
             raise UserError(
                 f"expected an adapter of this model, got one with {key}, and the model has no "
                 "such linear layer; use the model the adapter was trained on"
             )
-        size = tuple(base.weight.shape[:: -1 if isinstance(base, Conv1D) else 1])
         expected, got = (size[1], tensor.shape[-1]) if factor[0] == "A" else (size[0], len(tensor))
         if tensor.ndim != 2 or expected != got:
             side = "inputs" if factor[0] == "A" else "outputs"
@@ -215,58 +240,23 @@ def check_adapter(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             )
 
 
-def save_adapter(model: nn.Module, directory: str | Path, *, base: str | None = None) -> None:
-    """Write the adapter as a folder that `peft.PeftModel.from_pretrained(model, dir)` loads.
-
-    Written under a temporary name and moved; safetensors only.
-
-    Args:
-        model: A model with LoRA.
-        directory: The folder to make.
-        base: Name of the model it belongs to, for adapter_config.json.
-
-    Raises:
-        UserError: The model has no LoRA, or the folder exists and isn't empty.
-    """
-    target = Path(directory)
-    if not has_lora(model):
-        raise UserError("expected a model with LoRA to save its adapter, got one without")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"expected a new folder, got {target}, which exists; choose another")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        new = scratch / target.name
-        new.mkdir()
-        _write_adapter(model, new, base)
-        new.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def _layer_of(key: str) -> tuple[str, str]:
+    """A layer's path, and which of its weights a key names."""
+    path, _, factor = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
+    return path, factor
 
 
-def _write_adapter(model: nn.Module, directory: Path, base: str | None) -> None:
-    """adapter_model.safetensors and adapter_config.json, in peft's names."""
-    state = adapter_state(model)
-    tensors = {_PEFT_PREFIX + key: value.cpu().contiguous() for key, value in state.items()}
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    follow_umask(directory)
-    attached = cast(dict[str, LoraConfig], model.peft_config)[_NAME]
-    config = LoraConfig(
-        r=attached.r,
-        lora_alpha=attached.lora_alpha,
-        lora_dropout=attached.lora_dropout,
-        target_modules=sorted(path for path, _ in _lora_layers(model)),
-        fan_in_fan_out=attached.fan_in_fan_out,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-        inference_mode=True,
-    )
-    # peft keeps the targets as a set, whose order changes from run to run.
-    config.target_modules = sorted(config.target_modules or ())
-    config.save_pretrained(str(directory))
+def _size(layer: object) -> tuple[int, int] | None:
+    """Outputs and inputs of a linear layer, None for others."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.out_features, layer.in_features
+    if isinstance(layer, (nn.Linear, Conv1D)):
+        outputs, inputs = layer.weight.shape[:: -1 if isinstance(layer, Conv1D) else 1]
+        return outputs, inputs
+    return None
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """Path and LoRA layer, in the model's order."""
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
@@ -275,5 +265,5 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 def _factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
     """A [rank, in] and B [out, rank]."""
-    down, up = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
+    down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
     return cast(nn.Parameter, down), cast(nn.Parameter, up)

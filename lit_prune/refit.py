@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -9,7 +10,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from lit_prune import teacher
 from lit_prune.errors import UserError
+from lit_prune.structure import Layout, settle
 
 T = TypeVar("T")
 
@@ -36,8 +39,7 @@ def refit(trainer: Trainer, change: Callable[[], T]) -> T:
             "expected one device or the ddp strategy for a model that changes its shape, got "
             f"{type(strategy).__name__}; use --trainer.strategy ddp"
         )
-    loop = trainer.fit_loop
-    if loop.epoch_loop.batch_progress.current.ready and loop._should_accumulate():
+    if accumulating(trainer):
         raise UserError(
             "expected a cut after an optimizer step, got one while gradients are accumulated; cut "
             "when trainer.global_step has just risen"
@@ -55,3 +57,36 @@ def refit(trainer: Trainer, change: Callable[[], T]) -> T:
     strategy.setup_optimizers(trainer)
     strategy.setup_precision_plugin()
     return result
+
+
+def accumulating(trainer: Trainer) -> bool:
+    """Whether the last batch's gradients wait for those of the next one."""
+    loop = trainer.fit_loop
+    return bool(loop.epoch_loop.batch_progress.current.ready) and loop._should_accumulate()
+
+
+def recut(module: Any, trainer: Trainer, change: Callable[[], Layout | None]) -> None:
+    """Change a `PrunableLM`'s shape in the middle of a fit; see its method of this name."""
+    _tell(module, trainer, "on_before_cut")
+    teacher.keep(module)
+    module.first_step = trainer.global_step
+    if refit(trainer, lambda: _change(module, change)):
+        _tell(module, trainer, "on_after_cut")
+
+
+def _change(module: Any, change: Callable[[], Layout | None]) -> bool:
+    start = time.perf_counter()
+    layout = change()
+    if layout is None:
+        return False
+    module.is_stock = settle(module.model, module.structure, layout)
+    module.layout = module.layout.then(layout)
+    module.phase = "pruned"
+    module.seconds["calibrate_and_prune"] = time.perf_counter() - start
+    return True
+
+
+def _tell(module: Any, trainer: Trainer, event: str) -> None:
+    for callback in cast(Any, trainer).callbacks:
+        if hasattr(callback, event):
+            getattr(callback, event)(trainer, module)

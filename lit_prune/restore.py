@@ -38,6 +38,8 @@ def restore(run: str | Path, say: Callable[[str], None], **changes: Any) -> tupl
     module = PrunableLM(**options)
     module.configure_model()
     try:
+        if adapter := checkpoint["lit_prune"]["adapter"]:
+            adapter["base"] = "dense"  # as the weights are saved; nothing is trained here
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=True)
     except KeyError as error:

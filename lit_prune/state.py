@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
-from lit_prune import recovery
+from lit_prune import recovery, teacher
+from lit_prune.bottleneck import Gates
 from lit_prune.dtypes import keeping_dtypes
 from lit_prune.errors import UserError
 from lit_prune.structure import Layout, cut, settle
+from lit_prune.structure.biases import add_biases, biased
+from lit_prune.structure.norms import norm_epsilon, set_norm_epsilon
 
 
 def saved(module: Any) -> dict[str, Any]:
@@ -19,7 +22,10 @@ def saved(module: Any) -> dict[str, Any]:
         "model_type": module.model.config.model_type,
         "dtype": str(module.model.dtype).removeprefix("torch."),
         "layout": module.layout.to_dict(),
+        "biases": biased(module.model, module.structure),
+        "epsilon": norm_epsilon(module.model, module.structure),
         "phase": module.phase,
+        "gates": None if module.gates is None else module.gates.spec,
         "adapter": module.adapter,
         "history": module.history,
         "seconds": module.seconds,
@@ -50,9 +56,16 @@ def load(module: Any, state: Mapping[str, Any] | None) -> None:
     recovery.remove_lora(module.model)  # of that fit
     with keeping_dtypes(module.model):
         module.model.to(getattr(torch, state["dtype"]))  # which the trainer may have chosen
+    teacher.keep(module)
     if not is_cut:
         cut(module.model, module.structure, layout)
+    if not is_cut or biased(module.model, module.structure) != state["biases"]:
+        add_biases(module.model, state["biases"])
+        set_norm_epsilon(module.model, module.structure, state["epsilon"])
         module.is_stock = settle(module.model, module.structure, layout)
+    module.gates = None
+    if state["gates"] is not None:
+        module.gates = Gates(module.structure.widths, **state["gates"])
     module.layout, module.adapter = layout, state["adapter"]
     for name in ("history", "seconds", "first_step"):
         setattr(module, name, state[name])

@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_prune import distillation, evaluation
-from lit_prune.distillation import (
-    cross_entropy,
-    distillation_loss,
-    hidden_mse,
-    logit_kl,
-    logit_mse,
-)
+from lit_prune.distillation import cross_entropy, distillation_loss, hidden_mse
 from lit_prune.errors import UserError
 
 Case = tuple[Tensor, Tensor, Tensor]
@@ -35,6 +29,12 @@ def make_case(dtype: torch.dtype = torch.float32) -> Case:
     labels = torch.randint(40, (2, 9), generator=generator)
     labels[0, :3] = labels[1, 5:] = -100
     return student, teacher, labels
+
+
+def logit_kl(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    return distillation_loss(student, teacher, labels, task_weight=0, temperature=temperature)[
+        "total"
+    ]
 
 
 def literal(case: Case, loss: str, temperature: float = 1.0) -> Tensor:
@@ -61,8 +61,7 @@ LOSSES: dict[str, tuple[Callable[[Case], Tensor], Callable[[Case], Tensor]]] = {
     "task": (lambda c: cross_entropy(c[0], c[2]), lambda c: literal(c, "task")),
     "kl": (lambda c: logit_kl(*c, temperature=1.0), lambda c: literal(c, "kl")),
     "kl at 2": (lambda c: logit_kl(*c, temperature=2.0), lambda c: literal(c, "kl", 2.0)),
-    "mse": (lambda c: logit_mse(*c), lambda c: literal(c, "mse")),
-    "hidden": (lambda c: hidden_mse(*c), lambda c: literal(c, "mse")),
+    "mse": (lambda c: hidden_mse(*c), lambda c: literal(c, "mse")),
     "all": (
         lambda c: distillation_loss(
             *c, task_weight=0.3, kl_weight=0.6, mse_weight=0.2, temperature=1.5
@@ -117,7 +116,7 @@ def test_autocast_changes_nothing():
 
 
 def test_a_second_backward_is_refused_not_wrong():
-    loss = logit_mse(*make_case())
+    loss = hidden_mse(*make_case())
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -156,7 +155,7 @@ def test_parts_and_total_agree_and_leave_out_what_has_no_weight():
 def test_a_teacher_equal_to_the_student_costs_nothing():
     student, _, labels = make_case()
     assert logit_kl(student, student.detach(), labels, temperature=2.0).item() == 0
-    assert logit_mse(student, student.detach(), labels).item() == 0
+    assert hidden_mse(student, student.detach(), labels).item() == 0
 
 
 def test_no_token_that_counts_gives_zero():

@@ -17,7 +17,7 @@ from lit_prune.callbacks import ExportCheckpoint, FASPPruning, LoRARecovery
 from lit_prune.distillation import cross_entropy
 from lit_prune.errors import UserError
 from lit_prune.evaluation import perplexity
-from lit_prune.schedule import warmup_cosine
+from lit_prune.schedule import warmed_up
 from lit_prune.structure import cut
 from tests.structure.tiny import tiny_model
 from tests.tiny_fit import (
@@ -92,7 +92,7 @@ def test_cut_in_the_middle_trains_like_a_loop_by_hand(
     for steps in (2, 3):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
         # the second schedule is one over the steps that are left
-        schedule = warmup_cosine(optimizer, 5 if steps == 2 else 3, 0.03)
+        schedule = warmed_up(optimizer, 5 if steps == 2 else 3, 0.03)
         for _ in range(steps):
             for _ in range(accumulate):
                 batch = next(batches)
@@ -131,7 +131,7 @@ def test_the_decision_and_the_repair_do_not_depend_on_the_trainers_precision(tmp
     for precision in ("32-true", "bf16-true", "bf16-mixed"):
         model: Any = tiny_model("llama", dtype=torch.bfloat16)
         module = PrunableLM.from_model(model, make_tokenizer())
-        callbacks = [fasp(attention="group", sparsity=0.4)]
+        callbacks = [fasp(axes=["group", "channel"], sparsity=0.4)]
         trainer = make_trainer(tmp_path / precision, callbacks, max_steps=0, precision=precision)
         trainer.fit(module, datamodule=make_data(tmp_path))
         results.append((module.layout.to_dict(), dict(module.model.state_dict())))

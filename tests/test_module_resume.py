@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lit_prune import PrunableLM, load_pruned
+from lit_prune import Layout, PrunableLM, load_pruned
 from lit_prune.callbacks import (
     Distillation,
     ExportCheckpoint,
@@ -22,6 +22,8 @@ from lit_prune.callbacks import (
     LoRARecovery,
 )
 from lit_prune.errors import UserError
+from lit_prune.structure import cut
+from lit_prune.structure.biases import add_bias
 from tests.tiny_fit import (
     CutAt,
     Watch,
@@ -83,6 +85,61 @@ def test_a_fit_cut_in_the_middle_resumes_from_before_and_after_the_cut(tmp_path:
         path = None if part == "whole" else checkpoint(tmp_path / "whole", step)
         run(tmp_path / part, module, CutAt(2), watch, max_steps=5, ckpt_path=path)
         ends.append((watch.end, watch.kept, module.layout.to_dict(), watch.rates[-2:]))
+    assert_same(*ends)
+
+
+class CutInto(Callback):
+    """Cuts what a layout does not tell: with biases added, other norms, or values alone."""
+
+    def __init__(self, kind: str, step: int) -> None:
+        self.kind, self.step = kind, step
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.step == 0:
+            self._cut(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any, **__: Any) -> None:
+        if trainer.global_step == self.step:
+            self._cut(trainer, pl_module)
+
+    def _cut(self, trainer: Trainer, pl_module: Any) -> None:
+        if pl_module.phase != "dense":
+            return
+        model, structure = pl_module.model, pl_module.structure
+        layout = Layout.full(structure.widths)
+
+        def change() -> Layout:
+            if self.kind == "norms":
+                new = Layout(layout.of, torch.arange(0, 36, 2), layout.layers[1:])
+                cut(model, structure, new, norm_rescale="none")
+                return new
+            keep = {"value": torch.tensor([[0, 2, 3, 6], [1, 2, 4, 7]])}
+            new = layout if self.kind == "biases" else layout.replace_layer(1, keep)
+            new = Layout(new.of, None, new.layers[1:])
+            cut(model, structure, new)
+            if self.kind == "biases":
+                bias = model.model.layers[1].mlp.down_proj
+                add_bias(bias)
+                bias.bias.data.fill_(0.5)
+            return new
+
+        pl_module.recut(trainer, change)
+
+
+@pytest.mark.parametrize("recovery", [False, True])
+@pytest.mark.parametrize("kind", ["biases", "norms", "values"])
+def test_a_fit_resumes_what_a_layout_does_not_tell(tmp_path: Path, kind: str, recovery: bool):
+    source, ends = save_model(tmp_path / "dense", "qwen3", rms_norm_eps=1e-3), []
+    for part in ("whole", "resumed"):
+        watch, module = Watch(), load(source)
+        path = None if part == "whole" else checkpoint(tmp_path / "whole", 3)
+        callbacks: list[Any] = [CutInto(kind, 0), LoRARecovery(rank=2)]
+        callbacks = [*(callbacks if recovery else [CutInto(kind, 2)]), ExportCheckpoint(), watch]
+        run(tmp_path / part, module, *callbacks, max_steps=5, ckpt_path=path)
+        assert module.is_stock == (kind == "norms")
+        found = logits(load_pruned(tmp_path / part / "pruned"))
+        assert_same(found, watch.logits)
+        ends.append((watch.end, watch.kept, module.layout.to_dict(), found))
     assert_same(*ends)
 
 

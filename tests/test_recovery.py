@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_prune.adapter_files import save_adapter
 from lit_prune.errors import UserError
 from lit_prune.recovery import (
     adapter_state,
@@ -21,7 +22,6 @@ from lit_prune.recovery import (
     has_lora,
     lora_parameters,
     merge_lora,
-    save_adapter,
 )
 
 

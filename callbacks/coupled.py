@@ -1,0 +1,180 @@
+"""Coupled components elimination: heads, channels and residual features go in some iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Trainer
+
+from lit_prune.allocation import Plan, keep_highest
+from lit_prune.calibrating import Calibration
+from lit_prune.coupled import coupled_scores
+from lit_prune.elimination import Step, plan_course
+from lit_prune.errors import UserError, require_one_of
+from lit_prune.lora_gradients import LoRA
+from lit_prune.module import PrunableLM
+from lit_prune.pruning import AxisName, PruningCallback
+from lit_prune.ranking import Scores, kept_units
+from lit_prune.smoothing import Smoothing
+from lit_prune.structure import Layout, cut
+from lit_prune.structure.counting import unique_labels
+from lit_prune.structure.layout import LayerUnits
+from lit_prune.structure.norms import NormRescale, energies
+
+Gradients = Literal["full", "lora"]
+
+#: Iterations where each takes the same share; as many as the paper makes for its 20 %.
+_ITERATIONS = 3
+
+
+class CoupledComponentPruning(PruningCallback):
+    """Ranks what works as products of two weights, evaluating anew in each iteration.
+
+    An iteration takes a head and some channels of each layer and some residual features, until the
+    sparsity is reached; see `lit_prune.elimination.plan_course`. With another allocation than
+    ``uniform``, a `per_layer_ratio` or a `multiple`, each takes the same share instead, of which
+    ``hidden`` can't be part.
+
+    Source: "Structured Pruning for Large Language Models Using Coupled Components Elimination and
+    Minor Fine-tuning".
+
+    Args:
+        sparsity: Share of the decoder layers' parameters to remove.
+        axes: What is cut; ``query`` stands for whole heads where no heads share keys.
+        iterations: Iterations in full, instead of a `sparsity`; by default as many as that takes.
+        ffn_step: Channels that go from each layer with a head; by default channels / heads.
+        gradients: ``full`` ones of the weights, or the paper's estimate from ``lora`` factors.
+        smoothing: Multiply importance by its uncertainty over sentences, instead of the mean.
+        norm_rescale: What RMS norms do when features go; see `lit_prune.structure.norms.rescale`.
+        samples: Sentences of an evaluation, redrawn in each iteration.
+        length: Tokens of a sentence.
+        batch_size: Sentences that are scored as one.
+        options: As for `lit_prune.pruning.PruningCallback`.
+    """
+
+    method = "CCE"
+    known_axes = ("channel", "group", "query", "hidden")
+
+    def __init__(
+        self,
+        sparsity: float = 0.2,
+        axes: Sequence[AxisName] = ("query", "channel", "hidden"),
+        iterations: int | None = None,
+        ffn_step: int | None = None,
+        gradients: Gradients = "full",
+        smoothing: bool = True,
+        norm_rescale: NormRescale = "calibrated",
+        samples: int = 10,
+        length: int = 64,
+        batch_size: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            sparsity=sparsity,
+            axes=axes,
+            iterations=_ITERATIONS if iterations is None else iterations,
+            samples=samples,
+            length=length,
+            batch_size=batch_size,
+            **options,
+        )
+        require_one_of(gradients, Gradients)
+        require_one_of(norm_rescale, NormRescale)
+        self.gradients, self.smoothing = gradients, smoothing
+        self.norm_rescale: NormRescale = norm_rescale
+        self.asked, self.ffn_step = iterations, ffn_step
+        shares = self.allocation != "uniform" or self.per_layer_ratio is not None or self.multiple
+        if shares and "hidden" in self.axes:
+            raise UserError(
+                "expected no other allocation than uniform, no per_layer_ratio and no multiple "
+                f"where hidden is cut, got {self.allocation}, {self.per_layer_ratio} and "
+                f"{self.multiple}; leave them out, or hidden"
+            )
+        #: What goes in each iteration; None where each takes the same share.
+        self.steps: list[Step] | None = None if shares else []
+        if not shares:
+            self.iterations = 1  # until they are planned
+
+    def prepare(self, trainer: Trainer, pl_module: PrunableLM) -> None:
+        """Check what was asked before anything is done, and plan the iterations."""
+        if all(sizes["query"] == 1 for sizes in pl_module.layout.of.layers):
+            self.axes = tuple("group" if axis == "query" else axis for axis in self.axes)
+        if self.steps is not None and not self.iteration:
+            course = plan_course(
+                unique_labels(pl_module.model, pl_module.structure),
+                pl_module.structure.widths,
+                self.axes,
+                sparsity=self.sparsity,
+                iterations=self.asked,
+                ffn_step=self.ffn_step,
+                protected=self.protected_layers,
+                decoder=self.relative_to == "decoder",
+                stock=pl_module.stock,
+            )
+            self.steps, self.iterations = course.steps, len(course.steps)
+            if self.asked is not None:
+                self.sparsity = course.sparsity
+            if 0 <= trainer.max_steps < self.last_step:
+                raise self._too_short(trainer.max_steps)
+        super().prepare(trainer, pl_module)
+
+    def score(self, calibration: Calibration) -> Scores:
+        """Score heads, channels and features by their coupled components."""
+        lora = LoRA(seed=calibration.seed + calibration.iteration)
+        return coupled_scores(
+            calibration.model,
+            calibration.structure,
+            calibration.batches,
+            calibration.axes,
+            Smoothing(self.smoothing),
+            lora=lora if self.gradients == "lora" else None,
+            ranks=calibration.ranks,
+            track=calibration.track("sentences"),
+        )
+
+    def decide(self, calibration: Calibration, scores: Scores, target: float) -> Layout:
+        """Take the lowest scores of each layer, as many as the iteration's step says."""
+        if self.steps is None:
+            return super().decide(calibration, scores, target)
+        step, widths = self.steps[calibration.iteration], calibration.structure.widths
+        layout = kept_units(Plan(step.removed, target), scores, widths)
+        hidden = keep_highest(scores["hidden"][0], step.features) if step.features else None
+        return Layout(layout.of, hidden, layout.layers)
+
+    def apply(self, calibration: Calibration, layout: Layout) -> None:
+        """Cut features first, with the norms' energies measured before that, then all else."""
+        if layout.hidden is not None:
+            model, structure = calibration.model, calibration.structure
+            found = {}
+            if self.norm_rescale == "calibrated":
+                found = energies(model, structure, calibration.batches)
+            found = {path: calibration.ranks.reduce(total) for path, total in found.items()}
+            whole = tuple(LayerUnits(unit.source) for unit in layout.layers)
+            with torch.no_grad():
+                only = Layout(layout.of, layout.hidden, whole)
+                cut(model, structure, only, self.norm_rescale, found)
+            layout = Layout(structure.widths.copy(), None, layout.layers)
+        super().apply(calibration, layout)
+
+    def options(self) -> dict[str, Any]:
+        """What was asked for, as plain types."""
+        found = super().options() | {"gradients": self.gradients, "smoothing": self.smoothing}
+        if self.ffn_step is not None:
+            found["ffn_step"] = self.ffn_step
+        if "hidden" in self.axes:
+            found["norm_rescale"] = self.norm_rescale
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far it is, and what will go."""
+        steps = self.steps and [{"removed": s.removed, "features": s.features} for s in self.steps]
+        return super().state_dict() | {"steps": steps, "sparsity": self.sparsity}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        super().load_state_dict(state_dict)
+        if self.iteration and self.steps is not None:
+            self.steps = [Step(**step) for step in state_dict["steps"]]
+            self.iterations, self.sparsity = len(self.steps), state_dict["sparsity"]

@@ -1,0 +1,54 @@
+"""Fisher pruning: what the loss makes of gates at the inputs of the modules that read units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lit_prune.calibrating import Calibration
+from lit_prune.fisher import fisher_scores
+from lit_prune.layerwise import Repair
+from lit_prune.pruning import Allocation, PruningCallback
+from lit_prune.ranking import Scores
+
+
+class FisherPruning(PruningCallback):
+    """Prunes the units with the least Fisher information of gates on them, per parameter.
+
+    It takes one backward pass for activations; weights get no gradient.
+
+    Source: our own.
+
+    Args:
+        sparsity: Share of the decoder layers' parameters to remove.
+        allocation: As for `lit_prune.pruning.PruningCallback`.
+        restoration: Likewise.
+        options: As for `lit_prune.pruning.PruningCallback`.
+    """
+
+    method = "Fisher"
+
+    def __init__(
+        self,
+        sparsity: float = 0.2,
+        allocation: Allocation = "global",
+        restoration: Repair = "least_squares",
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            sparsity=sparsity, allocation=allocation, restoration=restoration, **options
+        )
+
+    def score(self, calibration: Calibration) -> Scores:
+        """Fisher information of each unit, per parameter.
+
+        Args:
+            calibration: The model and its calibration tokens.
+        """
+        return fisher_scores(
+            calibration.model,
+            calibration.structure,
+            calibration.batches,
+            calibration.axes,
+            reduce=calibration.ranks.reduce,
+            track=calibration.track("gradients"),
+        )

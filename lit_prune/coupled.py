@@ -1,0 +1,118 @@
+"""Scores of heads, channels and residual features from the coupled components they are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.gradients import weight_gradients
+from lit_prune.layerwise import Ranks
+from lit_prune.lora_gradients import LoRA, lora_gradients
+from lit_prune.ranking import Scores
+from lit_prune.scores.coupled import component_scores, head_scores
+from lit_prune.smoothing import Smoothing
+from lit_prune.statistics import require_finite
+from lit_prune.structure.layout import Widths
+from lit_prune.structure.model import Structure
+from lit_prune.unshared import unshared
+
+_HEADS = ("group", "query")
+
+
+def coupled_scores(
+    model: nn.Module,
+    structure: Structure,
+    batches: Sequence[Mapping[str, Tensor]],
+    axes: Sequence[str],
+    smoothing: Smoothing,
+    *,
+    lora: LoRA | None = None,
+    ranks: Ranks | None = None,
+    track: Callable[[Any], Iterator[Any]] = iter,
+) -> Scores:
+    """Score heads, channels and residual features by their coupled components.
+
+    Components are scored batch by batch and smoothed over the batches of all processes, in the
+    order in which they were dealt out; then a head's are added up.
+
+    Source: "Structured Pruning for Large Language Models Using Coupled Components Elimination and
+    Minor Fine-tuning", section 3.2.
+
+    Args:
+        model: A causal language model; it stays as it is.
+        structure: Its structure.
+        batches: This process' share of the batches, of one sentence each in the paper.
+        axes: ``group`` or ``query``, ``channel``, ``hidden``.
+        smoothing: Joins the batches; it starts anew.
+        lora: Take gradients from LoRA factors instead of the weights' own.
+        ranks: What processes share.
+        track: Wraps the batches in a progress bar.
+
+    Raises:
+        UserError: A loss or gradient is not finite.
+    """
+    ranks = ranks or Ranks()
+    alone = any(axis != "channel" for axis in axes)
+    with unshared(model, structure) if alone else nullcontext(structure) as own:
+        slots = _slots(own.widths, axes)
+        table = torch.zeros(len(batches), max(part.stop for part, _ in slots.values()))
+
+        def fold(batch: int, loss: float, layer: int, weights: Any, gradients: Any) -> None:
+            for name, scores in component_scores(weights, gradients, axes).items():
+                require_finite(scores, "gradients", f"in layer {layer}")
+                part, _ = slots[name, 0 if name == "hidden" else layer]
+                table[batch, part] += scores.flatten().cpu()
+
+        if lora is None:
+            weight_gradients(model, own, batches, fold, track=track)
+        else:
+            reduce = ranks.reduce
+            lora_gradients(model, own, batches, fold, lora, reduce=reduce, track=track)
+    smoothing.restart()
+    for row in _in_order(table, ranks, next(model.parameters()).device):
+        smoothing.update({"components": [row]})
+    (joined,) = smoothing.result()["components"]
+    found: Scores = {axis: [] for axis in axes}
+    for (name, layer), (part, shape) in slots.items():
+        scores = joined[part].view(shape)
+        if name == "head":
+            axis = next(axis for axis in axes if axis in _HEADS)
+            groups = structure.widths.layers[layer]["group"]
+            found[axis].append(head_scores(scores, groups, axis))
+        else:
+            found[name].append(scores)
+    return found
+
+
+def _slots(widths: Widths, axes: Sequence[str]) -> dict[tuple[str, int], tuple[slice, list[int]]]:
+    """Where the scores of each layer's components lie in a row, and their shape."""
+    shapes: dict[tuple[str, int], list[int]] = {}
+    for layer, sizes in enumerate(widths.layers):
+        if any(axis in _HEADS for axis in axes):
+            shapes["head", layer] = [sizes["group"], widths.shared["head_dim"] + sizes["value"]]
+        if "channel" in axes:
+            shapes["channel", layer] = [sizes["channel"]]
+    if "hidden" in axes:
+        shapes["hidden", 0] = [widths.shared["hidden"]]
+    found, first = {}, 0
+    for key, shape in shapes.items():
+        found[key] = (slice(first, first + math.prod(shape)), shape)
+        first += math.prod(shape)
+    return found
+
+
+def _in_order(table: Tensor, ranks: Ranks, device: torch.device) -> Iterator[Tensor]:
+    """Rows of all processes in the order in which their batches were dealt out, one each."""
+    counts = [int(n) for n in ranks.gather(torch.tensor(len(table), device=device))]
+    padded = table.new_zeros(max(counts), table.shape[1])
+    padded[: len(table)] = table
+    tables = [found.cpu() for found in ranks.gather(padded.to(device))]
+    for turn in range(max(counts)):
+        for found, number in zip(tables, counts, strict=True):
+            if turn < number:
+                yield found[turn]

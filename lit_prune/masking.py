@@ -1,0 +1,171 @@
+"""Mask training: gates on a frozen model, from the first step to what is cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_prune.adaptation import GATED, Decision, decide
+from lit_prune.bottleneck import Gates, Objective
+from lit_prune.distillation import cross_entropy
+from lit_prune.errors import UserError
+from lit_prune.folding import check_fold, fold
+from lit_prune.gating import attach
+from lit_prune.gradients import labels_of
+from lit_prune.layerwise import Ranks
+from lit_prune.structure.layout import Layout
+from lit_prune.structure.model import Structure
+
+#: How far the expected sparsity may be from the target where masks are compared: the authors'.
+_NEAR = (-0.008, 0.001)
+#: Widths that dimension adaptation rounds to, or 0 for any.
+_MULTIPLES = (0, 8, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How masks become a cut; see `lit_prune.adaptation.decide`.
+
+    Attributes:
+        threshold: Where units are divided: ``exact`` meets the target, ``zero`` is the paper's.
+        multiple: Of which residual features and channels that stay are a number; 0 for any.
+        weight_update: Fold the masks' means into the weights.
+        stock: Remove the same number from every layer.
+    """
+
+    threshold: Literal["exact", "zero"] = "exact"
+    multiple: int = 128
+    weight_update: bool = True
+    stock: bool = False
+
+
+def check_options(
+    axes: Sequence[str],
+    steps: int,
+    rate: float | None,
+    kl_scale: float | str,
+    adaptation: Adaptation,
+    norm_rescale: str,
+) -> None:
+    """Refuse options of a mask training that make no sense.
+
+    Raises:
+        UserError: One is out of range or unknown.
+    """
+    if unknown := [axis for axis in axes if axis not in GATED]:
+        raise UserError(f"expected axes out of {', '.join(GATED)}, got {unknown[0]!r}")
+    if steps < 1 or (rate is not None and not rate > 0):
+        raise UserError(f"expected steps of at least 1 and a rate above 0, got {steps} and {rate}")
+    if kl_scale != "auto" and not (isinstance(kl_scale, (int, float)) and kl_scale >= 0):
+        raise UserError(f"expected a kl_scale of at least 0 or auto, got {kl_scale!r}")
+    if adaptation.multiple not in _MULTIPLES:
+        known = ", ".join(map(str, _MULTIPLES))
+        raise UserError(f"expected a multiple out of {known}, got {adaptation.multiple}")
+    for name, names in (
+        (adaptation.threshold, ("exact", "zero")),
+        (norm_rescale, ("masked", "none")),
+    ):
+        if name not in names:
+            raise UserError(f"expected one of {', '.join(names)}, got {name!r}")
+
+
+@dataclass
+class MaskTraining:
+    """A model whose weights are frozen while the masks on it are trained.
+
+    Attributes:
+        model: The model, in eval mode.
+        structure: Its structure.
+        gates: The masks.
+        objective: What is added to the task's loss.
+        adaptation: How masks become a cut.
+        norm_rescale: What RMS norms do when features are cut; see `lit_prune.gating.attach`.
+
+    Raises:
+        UserError: The target is out of reach, or the weights can't be updated.
+    """
+
+    model: Any
+    structure: Structure
+    gates: Gates
+    objective: Objective
+    adaptation: Adaptation = field(default_factory=Adaptation)
+    norm_rescale: Literal["masked", "none"] = "masked"
+
+    def __post_init__(self) -> None:
+        if self.adaptation.weight_update and "hidden" in self.gates.axes:
+            check_fold(self.model, self.structure)
+        self.decide()  # which masks at their start are as good for as any others
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.requires_grad_(False)
+        self._hooks = attach(self.gates, self.model, self.structure, norm_rescale=self.norm_rescale)
+
+    def close(self) -> None:
+        """Take the gates off the model, and let its weights be trained again."""
+        self._hooks.close()
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        self._trained = []
+
+    def decide(self) -> Decision:
+        """What the masks would leave at present."""
+        return decide(
+            self.gates.unpacked(self.gates.log_alpha(), math.inf),
+            self.objective.counted,
+            self.objective.target,
+            threshold=self.adaptation.threshold,
+            multiple=self.adaptation.multiple,
+            stock=self.adaptation.stock,
+        )
+
+    def fold(self, layout: Layout) -> None:
+        """Update the weights of what stays by the masks' means, if that is wanted."""
+        if self.adaptation.weight_update:
+            means = self.gates.unpacked(self.gates.mu, 1.0)
+            fold(self.model, self.structure, means, layout)
+
+    def is_near(self) -> bool:
+        """Whether the expected sparsity is so near to the target that masks may be compared."""
+        with torch.no_grad():
+            sparsity = float(self.objective.counted.sparsity(self.gates.expected()))
+        return _NEAR[0] <= sparsity - self.objective.target <= _NEAR[1]
+
+    @torch.no_grad()
+    def compare(self, batches: Sequence[Mapping[str, Tensor]], ranks: Ranks) -> float:
+        """Keep the present masks if the model they would leave has the lowest loss so far.
+
+        Args:
+            batches: This process' windows, on which nothing is trained.
+            ranks: What processes share.
+
+        Returns:
+            The loss of that model, in nats per token.
+        """
+        with self.gates.holding(self.decide().layout, weighted=self.adaptation.weight_update):
+            loss = mean_loss(self.model, batches, ranks)
+        self.gates.remember(loss)
+        return loss
+
+
+def mean_loss(model: Any, batches: Sequence[Mapping[str, Tensor]], ranks: Ranks) -> float:
+    """Mean next-token cross-entropy over the tokens of all processes, in nats.
+
+    Args:
+        model: The model, in the mode in which it shall be measured.
+        batches: `input_ids`, `attention_mask` and mostly `labels`, [batch, tokens].
+        ranks: What processes share.
+    """
+    total = torch.zeros(2, dtype=torch.float32, device=next(model.parameters()).device)
+    for batch in batches:
+        inputs = {name: batch[name].to(total.device) for name in ("input_ids", "attention_mask")}
+        labels = labels_of(batch).to(total.device)
+        loss = cross_entropy(model(**inputs, use_cache=False).logits, labels)
+        tokens = (labels[:, 1:] != -100).sum()
+        total += torch.stack([loss * tokens, tokens.float()])
+    total = ranks.reduce(total)
+    return float(total[0] / total[1])

@@ -1,0 +1,271 @@
+"""MINI-LLM's scores, with the gradient of one matrix in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lit_prune.calibration import evaluating
+from lit_prune.gradients import labels_of, weight_gradients
+from lit_prune.layerwise import device_of, inputs_of, unit_scores
+from lit_prune.ranking import Scores
+from lit_prune.scores.feature_map import Criterion, coupled, sensitivity
+from lit_prune.scores.wanda import column_scores
+from lit_prune.spsa import GateNoise
+from lit_prune.statistics import InputStatistics
+from lit_prune.structure.coupling import ROLES, Part, parts, view
+from lit_prune.structure.model import Structure
+
+Batch = Mapping[str, Tensor]
+#: Statistics of the inputs of modules, by path.
+Statistics = Mapping[str, InputStatistics]
+
+
+def scored_parts(model: nn.Module, structure: Structure, axes: Sequence[str]) -> list[list[Part]]:
+    """What units of some axes own, for each layer."""
+    roles = {role for axis in axes for role in ROLES[axis]}
+    return [
+        [part for part in parts(model, structure, layer) if part.role in roles]
+        for layer in range(len(structure.widths.layers))
+    ]
+
+
+def parameter_names(model: nn.Module, found: Sequence[Part]) -> list[str]:
+    """The parameters that parts lie in, without the biases of modules that read units."""
+    names: dict[str, None] = {}
+    for part in found:
+        names[f"{part.path}.weight"] = None
+        if not part.reads and getattr(model.get_submodule(part.path), "bias", None) is not None:
+            names[f"{part.path}.bias"] = None
+    return list(names)
+
+
+def together(
+    samples: Sequence[tuple[int, Batch]],
+    count: int,
+    length: int,
+    device: torch.device,
+    reduce: Callable[[Tensor], Tensor],
+) -> Batch:
+    """All processes' windows as one batch, the same for each of them.
+
+    Args:
+        samples: This process' windows [1, tokens], with their numbers.
+        count: Windows of all processes.
+        length: Tokens of a window.
+        device: Where to put them.
+        reduce: Sums a tensor over processes.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, [count, length], or fewer if there are not as
+        many windows.
+    """
+    rows = torch.zeros(3, count, length, dtype=torch.long, device=device)
+    for number, window in samples:
+        parts = (window["input_ids"], window["attention_mask"], labels_of(window))
+        for row, part in zip(rows[:, number], parts, strict=True):
+            row[: part.shape[1]] = part[0]
+    rows = reduce(rows)
+    rows = rows[:, rows[1].any(1)]
+    labels = rows[2].masked_fill(rows[1] == 0, -100)
+    return {"input_ids": rows[0], "attention_mask": rows[1], "labels": labels}
+
+
+@torch.no_grad()
+def input_statistics(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    paths: Sequence[str],
+    *,
+    track: Callable[[Any], Iterator[Any]] = iter,
+) -> dict[str, InputStatistics]:
+    """Statistics of modules' inputs in plain forward passes, nothing of which is kept.
+
+    Args:
+        model: A causal language model; its output head is left out.
+        batches: `input_ids` and `attention_mask`, [batch, tokens]; padding does not count.
+        paths: The modules.
+        track: Wraps the batches in a progress bar.
+    """
+    modules = {path: model.get_submodule(path) for path in dict.fromkeys(paths)}
+    found = {path: InputStatistics(inputs_of(m), device_of(m)) for path, m in modules.items()}
+    base: Any = getattr(model, str(model.base_model_prefix))
+    state: dict[str, Tensor | None] = {}
+
+    def watch(statistics: InputStatistics) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows, mask = args[0].flatten(0, -2), state["mask"]
+            statistics.add(rows if mask is None else rows[mask])
+
+        return hook
+
+    with evaluating(model), ExitStack() as stack:
+        for path, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(watch(found[path])).remove)
+        for batch in track(batches):
+            device = next(model.parameters()).device
+            mask = batch["attention_mask"].to(device)
+            full = bool(mask.all())
+            state["mask"] = None if full else mask.bool().flatten()
+            base(
+                input_ids=batch["input_ids"].to(device),
+                attention_mask=None if full else mask,
+                use_cache=False,
+            )
+    return found
+
+
+@torch.no_grad()
+def feature_map_scores(
+    model: nn.Module,
+    structure: Structure,
+    axes: Sequence[str],
+    statistics: Statistics,
+    gradient: Callable[[str], Tensor] | None,
+    criterion: Criterion = "fms",
+) -> Scores:
+    """Score units by the sensitivity of what they own; see `lit_prune.scores.feature_map`.
+
+    Args:
+        model: The model.
+        structure: Its structure.
+        axes: Axes of the layers.
+        statistics: Of the inputs of every module that units own a part of.
+        gradient: Gives a parameter's gradient by name; called for one after the other.
+        criterion: What is multiplied.
+    """
+    scores: Scores = {axis: [] for axis in axes}
+    for layer, owned in enumerate(scored_parts(model, structure, axes)):
+        rows: dict[str, Tensor] = {}
+        for path in dict.fromkeys(part.path for part in owned):
+            own = [part for part in owned if part.path == path]
+            # a function of its own, so that nothing holds on to a gradient afterwards
+            rows |= _module(model, structure, layer, own, statistics[path], gradient, criterion)
+        for axis in axes:
+            scores[axis].append(coupled(rows, axis).cpu())
+    return scores
+
+
+def _module(
+    model: nn.Module,
+    structure: Structure,
+    layer: int,
+    own: list[Part],
+    statistics: InputStatistics,
+    gradient: Callable[[str], Tensor] | None,
+    criterion: Criterion,
+) -> dict[str, Tensor]:
+    """Rows' sums of sensitivities of the roles in one module."""
+    names = parameter_names(model, own)
+    weights = {name: model.get_parameter(name).detach() for name in names}
+    norms = _norms(model, own[0].path, statistics)
+    slopes = None
+    if gradient is not None:
+        found = {name: gradient(name) for name in names}
+        slopes = view(model, structure, layer, found, own)
+    return _sums(
+        view(model, structure, layer, weights, own),
+        view(model, structure, layer, norms, own),
+        slopes,
+        criterion,
+    )
+
+
+def backprop_scores(
+    model: nn.Module,
+    structure: Structure,
+    axes: Sequence[str],
+    statistics: Statistics,
+    batch: Batch,
+    criterion: Criterion = "fms",
+) -> Scores:
+    """The same with back-propagated gradients of one batch's loss, as in the paper's ablations.
+
+    Args:
+        model: The model.
+        structure: Its structure.
+        axes: Axes of the layers.
+        statistics: Of the inputs of every module that units own a part of.
+        batch: `input_ids`, `attention_mask` and perhaps `labels`, [samples, tokens].
+        criterion: What is multiplied.
+    """
+    owned = scored_parts(model, structure, axes)
+    scores: Scores = {axis: [torch.empty(0)] * len(owned) for axis in axes}
+
+    def fold(
+        _: int, loss: float, layer: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]
+    ) -> None:
+        norms: dict[str, Tensor] = {}
+        for part in owned[layer]:
+            values = _norms(model, part.path, statistics[part.path])
+            norms |= view(model, structure, layer, values, [part])
+        rows = _sums(weights, norms, gradients, criterion)
+        for axis in axes:
+            scores[axis][layer] = coupled(rows, axis).cpu()
+
+    weight_gradients(model, structure, [batch], fold)
+    return scores
+
+
+@torch.no_grad()
+def gate_scores(
+    model: nn.Module,
+    structure: Structure,
+    axes: Sequence[str],
+    statistics: Statistics,
+    noise: GateNoise,
+    slopes: Tensor,
+) -> Scores:
+    """Score units by their gates' gradient and the Wanda score of their columns: |g| S.
+
+    Args:
+        model: The model.
+        structure: Its structure.
+        axes: Axes of the layers.
+        statistics: Of the inputs of the modules that read units.
+        noise: What the gates were perturbed with.
+        slopes: c of every sample, [samples].
+    """
+    scores: Scores = {axis: [] for axis in axes}
+    for layer in range(len(structure.widths.layers)):
+        for axis in axes:
+            path = structure.readers(model, axis, layer)[0].path
+            reader, seen = model.get_submodule(path), statistics[path]
+            columns = unit_scores(structure, layer, axis, reader, seen, _wanda)
+            scores[axis].append(noise.gradient(layer, axis, slopes).abs() * columns)
+    return scores
+
+
+def _wanda(weight: Tensor, statistics: InputStatistics) -> Tensor:
+    return column_scores(weight, statistics.norms())
+
+
+def _norms(model: nn.Module, path: str, statistics: InputStatistics) -> dict[str, Tensor]:
+    """The norm of the input of every entry of a module's parameters, by name; nothing is copied."""
+    module, norms = model.get_submodule(path), statistics.norms()
+    shape = module.get_parameter("weight").shape
+    norms = norms[:, None] if isinstance(module, Conv1D) else norms
+    found = {f"{path}.weight": norms.expand(shape)}
+    if (bias := getattr(module, "bias", None)) is not None:
+        found[f"{path}.bias"] = norms.new_tensor(statistics.tokens).sqrt().expand(bias.shape)
+    return found
+
+
+def _sums(
+    weights: Mapping[str, Tensor],
+    norms: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor] | None,
+    criterion: Criterion,
+) -> dict[str, Tensor]:
+    """Each row's sum of sensitivities, for the roles that there are norms of."""
+    return {
+        role: sensitivity(
+            weights[role], norms[role], None if gradients is None else gradients[role], criterion
+        ).sum(-1)
+        for role in norms
+    }

@@ -1,0 +1,62 @@
+"""Learning rates against their formulas, and the optimizers' updates."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lit_prune.schedule import make_optimizer, warmed_up
+
+
+def rates(steps: int, warmup: float, shape: Any) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule, found = warmed_up(optimizer, steps, warmup, shape), []
+    for _ in range(steps + 2):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_the_rates_are_those_of_the_formulas():
+    expected = {
+        "cosine": [1 + math.cos(math.pi * k / 6) for k in range(6)],
+        "linear": [2 - 2 * k / 6 for k in range(6)],
+        "constant": [2.0] * 6,
+    }
+    for shape, fall in expected.items():
+        end = [2.0] * 2 if shape == "constant" else [0.0] * 2
+        assert rates(8, 0.25, shape) == pytest.approx([1.0, 2.0, *fall, *end], abs=1e-12), shape
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+def test_the_first_rate_is_never_zero(shape: str):
+    assert rates(1, 0.0, shape)[0] == 2.0
+    assert rates(100, 0.0, shape)[0] == 2.0
+    assert rates(3, 1.0, shape)[:3] == pytest.approx([2 / 3, 4 / 3, 2.0])
+
+
+@pytest.mark.parametrize("size", [(8, 16), (64, 80)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_in_8_bit_is_nearly_adamw(size: tuple[int, int], dtype: torch.dtype):
+    torch.manual_seed(0)
+    start, target = torch.randn(size).to(dtype), torch.randn(size)
+    ends, kinds = [], set()
+    for name in ("adamw", "adamw8bit"):
+        parameter = nn.Parameter(start.clone())
+        optimizer = make_optimizer(name, [parameter], lr=1e-2, weight_decay=0.1)
+        for _ in range(10):
+            optimizer.zero_grad()
+            (parameter.float() - target).square().mean().backward()
+            optimizer.step()
+        ends.append(parameter.detach().float() - start.float())
+        state = optimizer.state[parameter]
+        kinds |= {value.dtype for key, value in state.items() if key == "state1"}
+    assert kinds == {torch.uint8 if math.prod(size) >= 4096 else torch.float32}
+    assert ends[0].abs().mean() > 0.05
+    close = 0.1 if dtype == torch.float32 else 0.2
+    assert (ends[1] - ends[0]).norm() < close * ends[0].norm()
