@@ -93,7 +93,7 @@ class Distillation(Callback):
         self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Have the student's hidden states recorded."""
-        if self.hidden:
+        if self.hidden and pl_module.loss_term is self:  # not while masks are trained
             self._student = self._record(pl_module, pl_module.model, 0)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -14,12 +14,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_prune.adaptation import GATED, DecoderCount
+from lit_prune.adaptation import GATED, DecoderCount, Threshold
 from lit_prune.allocation import uniform
 from lit_prune.bottleneck import Gates, Objective, mask_optimizer
 from lit_prune.calibrating import Calibration
 from lit_prune.distillation import LossTerm, cross_entropy
 from lit_prune.errors import UserError
+from lit_prune.gating import GatedNorms
 from lit_prune.masking import Adaptation, MaskTraining, check_options
 from lit_prune.module import PrunableLM
 from lit_prune.pruning import AxisName, PruningCallback
@@ -32,7 +33,7 @@ from lit_prune.structure.layout import LayerUnits
 
 #: Steps between comparisons of masks.
 _EVERY = 50
-#: What the sum of learning rates should be at least: masks start at log alpha = 9.
+#: What the learning rates should sum up to: masks start at log alpha = 9.
 _ENOUGH = 20
 
 
@@ -73,11 +74,11 @@ class VIBPruning(PruningCallback):
         steps: int = 1000,
         rate: float | None = None,
         kl_scale: float | Literal["auto"] = "auto",
-        threshold: Literal["exact", "zero"] = "exact",
+        threshold: Threshold = "exact",
         multiple: int = 128,
         weight_update: bool = True,
         keep_best: bool = True,
-        norm_rescale: Literal["masked", "none"] = "masked",
+        norm_rescale: GatedNorms = "masked",
         samples: int = 8,
         **options: Any,
     ) -> None:
@@ -94,10 +95,10 @@ class VIBPruning(PruningCallback):
             **options,
         )
         self.adaptation = Adaptation(threshold, multiple, weight_update)
-        check_options(self.axes, steps, rate, kl_scale, self.adaptation, norm_rescale)
+        check_options(steps, rate, kl_scale, self.adaptation, norm_rescale)
         self.rate, self.keep_best = rate, keep_best
         self.kl_scale: float | Literal["auto"] = kl_scale
-        self.norm_rescale: Literal["masked", "none"] = norm_rescale
+        self.norm_rescale: GatedNorms = norm_rescale
         #: The mask training, while it lasts.
         self.training: MaskTraining | None = None
         self._windows: list[Any] = []
@@ -109,6 +110,11 @@ class VIBPruning(PruningCallback):
     def prepare(self, trainer: Trainer, pl_module: PrunableLM) -> None:
         """Check what was asked, and put masks on the frozen model."""
         super().prepare(trainer, pl_module)
+        if self.stock and "hidden" in self.axes:
+            raise UserError(
+                "expected axes without hidden under --stock, since stock configs want a number of "
+                "features that the heads divide, got hidden; leave out one of the two"
+            )
         structure, labels = pl_module.structure, unique_labels(pl_module.model, pl_module.structure)
         if layered := [axis for axis in self.axes if axis != "hidden"]:
             protected, stock = self.protected_layers, self.stock
@@ -116,12 +122,7 @@ class VIBPruning(PruningCallback):
             uniform(labels, structure.widths, 0.0, layered, protected=protected, stock=stock)
         target = self.target(pl_module)
         rate = self.rate = self.rate or vib.default_rate(target)
-        if rate * (self.start + 1) / 2 < _ENOUGH:
-            rank_zero_warn(
-                f"expected learning rates that sum up to {_ENOUGH} or more, got "
-                f"{rate * (self.start + 1) / 2:.1f} in {self.start} steps from {rate:g}: masks "
-                "that start at log alpha 9 may not get to 0; raise steps or rate"
-            )
+        _warn_of_low(rate, self.start)
         gates = self._gates(pl_module)
         weights = vib.kl_weights(gates.units(), len(structure.widths.layers), target, self.kl_scale)
         objective = Objective(DecoderCount(labels, structure.widths), weights, target, self.start)
@@ -244,11 +245,11 @@ class VIBPruning(PruningCallback):
         decision = self._masks().decide()
         self._before = decision.before
         if calibration.shown:
-            text = (
+            print(
                 f"{self.method}: {decision.before:.2%} of the decoder's parameters are below the "
-                f"threshold, {decision.sparsity:.2%} with widths in multiples of {self.multiple}"
+                f"threshold, {decision.sparsity:.2%} with widths in multiples of {self.multiple}",
+                file=sys.stderr,
             )
-            print(text, file=sys.stderr, flush=True)
         return decision.layout
 
     def apply(self, calibration: Calibration, layout: Layout) -> None:
@@ -286,6 +287,15 @@ class VIBPruning(PruningCallback):
             "keep_best": self.keep_best,
             "norm_rescale": self.norm_rescale,
         }
+
+
+def _warn_of_low(rate: float, steps: int) -> None:
+    found = rate * (steps + 1) / 2
+    if found < _ENOUGH:
+        rank_zero_warn(
+            f"expected learning rates that sum up to {_ENOUGH} or more, got {found:.1f} in {steps} "
+            f"steps from {rate:g}, so that masks may stay open; raise steps or rate"
+        )
 
 
 def _optimization(gates: Gates, rate: float, steps: int) -> Any:

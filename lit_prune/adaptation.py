@@ -22,6 +22,9 @@ from lit_prune.structure.counting import count
 from lit_prune.structure.layout import LayerUnits, Layout, Widths
 from lit_prune.structure.model import Label
 
+#: Where units are divided: where the target is met, or at log alpha = 0.
+Threshold = Literal["exact", "zero"]
+
 #: The axes that have masks.
 GATED = ("group", "channel", "hidden")
 
@@ -116,7 +119,7 @@ def decide(
     counted: DecoderCount,
     target: float,
     *,
-    threshold: Literal["exact", "zero"] = "exact",
+    threshold: Threshold = "exact",
     multiple: int = 128,
     stock: bool = False,
 ) -> Decision:

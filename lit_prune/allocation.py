@@ -89,7 +89,7 @@ def uniform(
         protected: Layers that stay whole; the others' share rises.
         stock: The same number from every layer, so that one config number can express it.
         shares: What each layer gives relative to the others, instead of the same; no more than
-            0.92 of its units.
+            0.92 of its units unless the target needs more.
 
     Raises:
         UserError: An axis or layer is unknown, or the target is out of reach.

@@ -88,6 +88,25 @@ def layer_shares(
     return [given.get(layer, 0.0) for layer in range(number)]
 
 
+def agreed(calibration: Calibration, layout: Layout) -> Layout:
+    """The first process' layout, on every process.
+
+    Args:
+        calibration: What processes share.
+        layout: What this one has decided.
+    """
+    own = {f"{u.source} {axis}": kept for u in layout.layers for axis, kept in u.keep.items()}
+    if layout.hidden is not None:
+        own["hidden"] = layout.hidden
+    found = calibration.ranks.agree(own)
+    layers = {unit.source: LayerUnits(unit.source) for unit in layout.layers}
+    for key, kept in found.items():
+        if key != "hidden":
+            layer, axis = key.split()
+            layers[int(layer)].keep[axis] = kept
+    return Layout(layout.of, found.get("hidden"), tuple(layers.values()))
+
+
 def apply(calibration: Calibration, layout: Layout, restoration: Restoration) -> None:
     """Cut a model down to a layout, and restore what stays.
 

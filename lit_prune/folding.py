@@ -74,8 +74,8 @@ def fold(model: nn.Module, structure: Structure, means: Units, layout: Layout) -
     if hidden is not None and _is_tied(model, structure):
         norm: Any = _final_norm(model, structure)
         offset = 1.0 if structure.family.norm == "rms_plus_one" else 0.0
-        for name, parameter in norm.named_parameters(recurse=False):
-            _scale(parameter, [1 / hidden], offset if name == "weight" else 0.0)
+        for parameter in norm.parameters(recurse=False):
+            _scale(parameter, [1 / hidden], offset)
 
 
 def _factors(structure: Structure, site: Site, values: Mapping[str, Tensor]) -> dict[Dim, Tensor]:

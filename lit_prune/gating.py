@@ -12,13 +12,16 @@ from lit_prune.bottleneck import Gates, Place
 from lit_prune.structure.dims import Dim
 from lit_prune.structure.model import Site, Structure
 
+#: What RMS norms do; those of `lit_prune.structure.norms.NormRescale` that masks train with.
+GatedNorms = Literal["masked", "none"]
+
 
 def attach(
     gates: Gates,
     model: nn.Module,
     structure: Structure,
     *,
-    norm_rescale: Literal["masked", "none"] = "masked",
+    norm_rescale: GatedNorms = "masked",
 ) -> ExitStack:
     """Multiply a model's activations by its gates.
 

@@ -97,7 +97,7 @@ class Factors:
         """
         a, b = self.down.detach(), self.up.detach()
         found = up @ (a - down) + b @ down
-        found *= a.shape[1] / a.square().sum()
+        found *= a.shape[1] / (self.scale * a.square().sum())
         return found.T if self.transposed else found
 
 

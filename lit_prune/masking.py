@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_prune.adaptation import GATED, Decision, decide
+from lit_prune.adaptation import Decision, Threshold, decide
 from lit_prune.bottleneck import Gates, Objective
 from lit_prune.distillation import cross_entropy
-from lit_prune.errors import UserError
+from lit_prune.errors import UserError, require_one_of
 from lit_prune.folding import check_fold, fold
-from lit_prune.gating import attach
+from lit_prune.gating import GatedNorms, attach
 from lit_prune.gradients import labels_of
 from lit_prune.layerwise import Ranks
 from lit_prune.structure.layout import Layout
@@ -38,14 +38,13 @@ class Adaptation:
         stock: Remove the same number from every layer.
     """
 
-    threshold: Literal["exact", "zero"] = "exact"
+    threshold: Threshold = "exact"
     multiple: int = 128
     weight_update: bool = True
     stock: bool = False
 
 
 def check_options(
-    axes: Sequence[str],
     steps: int,
     rate: float | None,
     kl_scale: float | str,
@@ -57,8 +56,6 @@ def check_options(
     Raises:
         UserError: One is out of range or unknown.
     """
-    if unknown := [axis for axis in axes if axis not in GATED]:
-        raise UserError(f"expected axes out of {', '.join(GATED)}, got {unknown[0]!r}")
     if steps < 1 or (rate is not None and not rate > 0):
         raise UserError(f"expected steps of at least 1 and a rate above 0, got {steps} and {rate}")
     if kl_scale != "auto" and not (isinstance(kl_scale, (int, float)) and kl_scale >= 0):
@@ -66,12 +63,8 @@ def check_options(
     if adaptation.multiple not in _MULTIPLES:
         known = ", ".join(map(str, _MULTIPLES))
         raise UserError(f"expected a multiple out of {known}, got {adaptation.multiple}")
-    for name, names in (
-        (adaptation.threshold, ("exact", "zero")),
-        (norm_rescale, ("masked", "none")),
-    ):
-        if name not in names:
-            raise UserError(f"expected one of {', '.join(names)}, got {name!r}")
+    require_one_of(adaptation.threshold, Threshold)
+    require_one_of(norm_rescale, GatedNorms)
 
 
 @dataclass
@@ -95,7 +88,7 @@ class MaskTraining:
     gates: Gates
     objective: Objective
     adaptation: Adaptation = field(default_factory=Adaptation)
-    norm_rescale: Literal["masked", "none"] = "masked"
+    norm_rescale: GatedNorms = "masked"
 
     def __post_init__(self) -> None:
         if self.adaptation.weight_update and "hidden" in self.gates.axes:

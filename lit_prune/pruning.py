@@ -185,6 +185,11 @@ class PruningCallback(CuttingCallback):
         require_axes(model_type, structure.axes(), self.axes)
         if pl_module.stock:
             require_stock(model_type, structure.family, structure.widths, self.axes)
+        if pl_module.stock and "hidden" in self.axes:
+            raise UserError(
+                "expected axes under --stock that any config can express, got 'hidden', whose size "
+                "must often suit the number of heads; leave out --stock or the axis"
+            )
         if pl_module.stock and self.allocation != "uniform":
             raise UserError(
                 "expected the uniform allocation under --stock, since one config number holds the "
@@ -241,7 +246,7 @@ class PruningCallback(CuttingCallback):
         """
         if self.columns is None or not self.layerwise or self.allocation == "global":
             scores = self.score(calibration)
-            layout = self.decide(calibration, scores, target)
+            layout = decision.agreed(calibration, self.decide(calibration, scores, target))
             self.apply(calibration, layout)
             return layout
         plan = self.plan(calibration, target, self._shares(calibration, self.columns))

@@ -18,8 +18,9 @@ class DenseTargets:
     """Targets of the outputs of O and down, layer by layer.
 
     A block's target is what it must add so that the pruned model's stream becomes the dense one's:
-    the dense block's output plus how far the two streams have drifted apart before it. Where a
-    norm stands between a block and the stream, drift can't be made up by it: then it is left out.
+    the dense block's output plus how far the two streams have drifted apart before it, in attention
+    of the same layer, too. Where a norm stands between a block and the stream, drift can't be made
+    up by it: then it is left out.
 
     The scales themselves, and their source: `lit_prune.unit_scales`.
 
@@ -39,6 +40,7 @@ class DenseTargets:
     ) -> None:
         self.model, self.structure, self.dense, self.reduce = model, structure, dense, reduce
         self.stopped = False
+        self._direct = True
         self._cross: Tensor | None = None
         self._drift: list[Tensor] = []
         self._outputs: dict[str, list[Tensor]] = {}
@@ -57,10 +59,11 @@ class DenseTargets:
             for name, axis in (("attention", "group"), ("ffn", "channel"))
         }
         self._outputs = {name: [] for name in self._readers}
-        see = {module: self._outputs[name].append for name, module in self._readers.items()}
+        see = {module: _keeper(self._outputs[name]) for name, module in self._readers.items()}
         self.dense.advance(layer, outputs=see)
         self._drift = [x - stream.states(batch) for batch, x in enumerate(before)]
-        if before and not self._adds_up(before[0]):
+        self._direct = not before or self._adds_up(before[0])
+        if not self._direct:
             self._drift = [torch.zeros_like(x) for x in before]
 
     def _adds_up(self, before: Tensor) -> bool:
@@ -83,6 +86,7 @@ class DenseTargets:
             What shall see the reader's inputs, and what the outputs of modules before it.
         """
         ffn = reader is self._readers["ffn"]
+        behind = ffn and self._direct
         targets = self._outputs["ffn" if ffn else "attention"]
         bias = getattr(reader, "bias", None)  # which no unit owns
         self._cross = None
@@ -94,13 +98,13 @@ class DenseTargets:
             batch = next(number)
             target = targets[batch] + self._drift[batch]
             target = target if bias is None else target - bias
-            if ffn:  # what attention has not made up for
+            if behind:  # what attention has not made up for
                 target = target + self._outputs["attention"][batch] - passed.pop()
             with exact_products(x.dtype):
                 product = x.float().T @ target.float()
             self._cross = product if self._cross is None else self._cross + product
 
-        return collect, {self._readers["attention"]: passed.append} if ffn else None
+        return collect, {self._readers["attention"]: passed.append} if behind else None
 
     def scaled(
         self,
@@ -136,6 +140,11 @@ class DenseTargets:
             self.stopped = True
             return None
         return kept * scales[owners]
+
+
+def _keeper(kept: list[Tensor]) -> See:
+    # copies: falcon adds attention's output to the FFN's in place
+    return lambda y: kept.append(y.clone())
 
 
 def _owners(coordinates: Mapping[str, Tensor]) -> Tensor:

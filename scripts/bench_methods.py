@@ -62,24 +62,28 @@ METHODS: dict[str, Method] = {
     "magnitude-l2": Method("MagnitudePruning", {"norm": "l2"}),
     "wanda-sp": Method("WandaPruning"),
     "flap": Method("FLAPPruning", own="bias"),
-    "taylor-vector": Method("TaylorPruning", {"criterion": "vector"}),
-    "taylor-element1": Method("TaylorPruning", {"criterion": "element1"}),
-    "taylor-element2": Method("TaylorPruning", {"criterion": "element2"}),
-    "taylor-mixed": Method("TaylorPruning", {"criterion": "mixed"}),
+    "taylor-vector": Method("TaylorPruning", {"estimate": "vector"}),
+    "taylor-element1": Method("TaylorPruning", {"estimate": "element1"}),
+    "taylor-element2": Method("TaylorPruning", {"estimate": "element2"}),
+    "taylor-mixed": Method("TaylorPruning", {"estimate": "mixed"}),
     "fasp": Method("FASPPruning", claims=("wanda-sp", "flap")),
     "fisher": Method("FisherPruning"),
     "cce": Method("CoupledComponentPruning", claims=("random", "magnitude-l2")),
     "fusion": Method(
         "AdaptiveFusionPruning",
-        claims=("taylor-vector", "taylor-element1", "taylor-element2", "taylor-mixed"),
+        claims=("fusion-vector", "fusion-element1", "fusion-element2", "fusion-mixed"),
     ),
+    "fusion-vector": Method("AdaptiveFusionPruning", {"estimate": "vector"}),
+    "fusion-element1": Method("AdaptiveFusionPruning", {"estimate": "element1"}),
+    "fusion-element2": Method("AdaptiveFusionPruning", {"estimate": "element2"}),
+    "fusion-mixed": Method("AdaptiveFusionPruning", {"estimate": "mixed"}),
     "vib": Method("VIBPruning", claims=("flap", "wanda-sp")),
     "mini-llm": Method("ZerothOrderPruning", claims=("mini-llm-gradient", "mini-llm-magnitude")),
     "mini-llm-wanda": Method("ZerothOrderPruning", {"criterion": "wanda"}),
     "mini-llm-magnitude": Method("ZerothOrderPruning", {"criterion": "magnitude"}),
     "mini-llm-gradient": Method("ZerothOrderPruning", {"criterion": "gradient"}),
 }
-MAIN = [name for name in METHODS if not name.startswith("mini-llm-") and name != "dense"]
+MAIN = [name for name in METHODS if not name.startswith(("mini-llm-", "fusion-", "dense"))]
 
 
 @dataclass(frozen=True)
@@ -264,7 +268,7 @@ def run(data: Path, out: Path, judge: str, only: str, minutes: float) -> None:
         print(f"{number + 1}/{len(todo)} {cell.name}", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "cell", "--data", str(data), "--judge", judge]
         command += ["--name", cell.name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"  failed: {done.stderr.strip()[-500:]}", file=sys.stderr)
             continue

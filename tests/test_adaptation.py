@@ -137,9 +137,10 @@ def test_units_without_a_mask_stay() -> None:
     ratios = drawn(3)
     for axis in ("group", "channel"):
         ratios[axis][1] = torch.full_like(ratios[axis][1], math.inf)
-    for multiple in (0, 8):
+    for multiple in (0, 8, 16):
         layout = decide(ratios, COUNTED, 0.5, multiple=multiple).layout
         assert layout.layers[1].keep == {}
+        assert layout.layers[0].keep
         assert decide(ratios, COUNTED, 0.5, threshold="zero").layout.layers[1].keep == {}
 
 

@@ -52,7 +52,8 @@ def literal(model: Any, module: nn.Module, batch: Batch, *, output: bool = False
 
     def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         result = result[0] if isinstance(result, tuple) else result
-        seen.append(result if output else (args[0] if args else kwargs["hidden_states"]))
+        found = result if output else (args[0] if args else kwargs["hidden_states"])
+        seen.append(found.clone())  # falcon adds to outputs in place
 
     handle = module.register_forward_hook(hook, with_kwargs=True)
     with torch.no_grad():

@@ -1,16 +1,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from lit_prune import PrunableLM
@@ -25,16 +20,11 @@ from lit_prune.smoothing import Smoothing
 from lit_prune.structure import LayerUnits, Layout, Structure, cut
 from lit_prune.structure.counting import count_actual, unique_labels
 from lit_prune.structure.norms import energies
-from tests import coupled_ranks
 from tests.fasp_ranks import Windows, trainer_of
 from tests.planted_components import plant
 from tests.structure.tiny import tiny_model
-from tests.tiny_fit import make_data, make_trainer, save_model
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 ALL: Any = ("query", "channel", "hidden")
 SMALL: dict[str, Any] = {"samples": 4, "length": 16}
 
@@ -262,51 +252,6 @@ def test_stock_layers_have_the_same_widths() -> None:
     assert module.structure.widths.uniform("channel") == module.model.config.intermediate_size
 
 
-def fit(folder: Path, source: str, ckpt: str | None = None) -> tuple[PrunableLM, Any]:
-    callback = CoupledComponentPruning(0.4, start=1, every=1, **SMALL)
-    module = PrunableLM(source, dtype="float32", learning_rate=1e-3)
-    trainer = make_trainer(folder, [callback], max_steps=5)
-    trainer.fit(module, datamodule=make_data(folder.parent), ckpt_path=ckpt, weights_only=True)
-    return module, callback
-
-
-def test_a_fit_resumes_between_iterations(tmp_path: Path) -> None:
-    source = save_model(tmp_path / "dense")
-    module, callback = fit(tmp_path / "whole", source)
-    assert callback.iteration == callback.iterations >= 2
-    first = PrunableLM(source, dtype="float32", learning_rate=1e-3)
-    start = CoupledComponentPruning(0.4, start=1, every=1, **SMALL)
-
-    class Save(Callback):
-        def on_train_batch_end(
-            self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-        ) -> None:
-            if trainer.global_step == 1:
-                assert start.iteration == 1
-                trainer.save_checkpoint(tmp_path / "one.ckpt")
-
-    trainer = make_trainer(tmp_path / "first", [start, Save()], max_steps=5)
-    trainer.fit(first, datamodule=make_data(tmp_path))
-    again, other = fit(tmp_path / "again", source, str(tmp_path / "one.ckpt"))
-    assert other.iteration == callback.iteration
-    assert again.layout.to_dict() == module.layout.to_dict()
-    assert again.history == module.history
-    expected = dict(module.model.named_parameters())
-    for name, parameter in again.model.named_parameters():
-        torch.testing.assert_close(parameter, expected[name])
-
-
-def test_a_fit_that_ends_before_the_last_iteration_is_refused(tmp_path: Path) -> None:
-    module = PrunableLM.from_model(tiny_model("llama"))
-    callback = CoupledComponentPruning(0.4, start=1, every=3, **SMALL)
-    trainer = make_trainer(tmp_path, [callback], max_steps=3)
-    with pytest.raises(
-        UserError, match="a fit of at least 4 steps, after which CCE makes its last"
-    ):
-        trainer.fit(module, datamodule=make_data(tmp_path))
-    assert module.phase == "dense"
-
-
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -316,6 +261,7 @@ def test_a_fit_that_ends_before_the_last_iteration_is_refused(tmp_path: Path) ->
         ({"multiple": 8}, "where hidden is cut, got uniform, None and 8"),
         ({"sparsity": 1.0}, "a sparsity from 0 to below 1"),
         ({"iterations": 0}, "iterations of at least 1"),
+        ({"axes": ("value",)}, "axes out of channel, group, query, hidden for CCE, got value"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options: Any, text: str) -> None:
@@ -327,7 +273,7 @@ def test_arguments_out_of_range_are_refused(options: Any, text: str) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"axes": ("value",)}, "expected axes out of group, query, channel, hidden"),
+        ({"axes": ("group", "query")}, "expected axes out of group, query, channel, hidden"),
         ({"axes": ("channel",), "sparsity": 0.5}, "can reach, got 0.5"),
         ({"ffn_step": 0}, "ffn_step of at least 1"),
     ],
@@ -338,19 +284,3 @@ def test_what_cannot_be_is_refused_before_anything_is_done(options: Any, text: s
         trainer_of(CoupledComponentPruning(**{**SMALL, **options})).fit(module, datamodule=data)
     assert (4, 16, 1) not in data.asked
     assert module.phase == "dense"
-
-
-@pytest.mark.slow
-def test_two_processes_choose_the_units_of_one(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[1]
-    command = [sys.executable, str(root / "tests" / "coupled_ranks.py"), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for gradients in ("full", "lora"):
-        alone = fitted(coupled_ranks.callback(gradients))
-        for rank in (0, 1):
-            text = (tmp_path / f"{gradients}-{rank}.json").read_text(encoding="utf-8")
-            assert json.loads(text) == alone.layout.to_dict()

@@ -208,7 +208,10 @@ def test_steps_are_those_of_the_optimizer(tmp_path: Path, accumulate: int) -> No
     assert module.phase == "pruned"
 
 
-def test_the_best_masks_are_cut_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_best_masks_are_cut_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
     from lit_prune import masking
 
     monkeypatch.setattr("lit_prune.callbacks.vib._EVERY", 2)
@@ -230,7 +233,11 @@ def test_the_best_masks_are_cut_by(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         folding(self, layout)
 
     monkeypatch.setattr(masking.MaskTraining, "fold", folded)
-    fitted(tmp_path, pruning(steps=9, rate=1.0), name="llama", steps=9)
+    module = PrunableLM.from_model(tiny_model("llama"), make_tokenizer())
+    trainer = make_trainer(
+        tmp_path, [pruning(steps=9, rate=1.0)], 9, accumulate_grad_batches=accumulate
+    )
+    trainer.fit(module, datamodule=make_data(tmp_path))
     assert len(seen) == 5  # after 2, 4, 6 and 8 steps, and at the end
     assert len({loss for loss, _ in seen}) == 5
     assert torch.equal(used[0], min(seen, key=lambda entry: entry[0])[1])
@@ -328,8 +335,8 @@ def test_a_fit_that_is_broken_off_leaves_a_whole_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"axes": ["query"]}, "axes out of group, channel, hidden, got 'query'"),
-        ({"axes": []}, "at least one axis"),
+        ({"axes": ["query"]}, "axes out of group, channel, hidden for VIB, got query"),
+        ({"axes": []}, "axes out of group, channel, hidden for VIB, got none"),
         ({"steps": 0}, "steps of at least 1 and a rate above 0, got 0"),
         ({"rate": 0.0}, "steps of at least 1 and a rate above 0, got"),
         ({"rate": math.nan}, "steps of at least 1 and a rate above 0, got"),
@@ -352,7 +359,13 @@ def test_arguments_out_of_range_are_refused(options: Mapping[str, Any], text: st
     [
         ("llama", {"sparsity": 0.95, "multiple": 64}, {}, "can reach, got 0.95; the most is"),
         ("llama", {"protected_layers": [3]}, {}, "protected layers from 0 to 2, got 3"),
-        ("llama", {"protected_layers": [1]}, {"stock": True}, "no protected layers under --stock"),
+        (
+            "llama",
+            {"protected_layers": [1], "axes": ["group", "channel"]},
+            {"stock": True},
+            "no protected layers under --stock",
+        ),
+        ("llama", {}, {"stock": True}, "expected axes without hidden under --stock"),
         ("bloom", {}, {"stock": True}, "--stock that the config of bloom"),
         ("falcon-7b", {}, {}, "units to spare, got 'group'"),
         ("llama", {"steps": 9}, {}, "a fit of at least 9 steps"),

@@ -110,7 +110,17 @@ def test_a_groups_score_is_the_sum_of_its_heads() -> None:
         torch.testing.assert_close(one.sum(1), other)
 
 
-@pytest.mark.parametrize("seed", range(4))
+def test_each_evaluation_starts_afresh() -> None:
+    model, smoothing = tiny_model("llama"), Smoothing()
+    structure = Structure.of(model)
+    coupled_scores(model, structure, sentences(2, seed=5), ["channel"], smoothing)
+    again = coupled_scores(model, structure, sentences(2), ["channel"], smoothing)
+    expected = coupled_scores(model, structure, sentences(2), ["channel"], Smoothing())
+    for one, other in zip(again["channel"], expected["channel"], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("one_sided", [False, True])
 def test_planted_units_go_first(seed: int, one_sided: bool) -> None:
     planted = plant(seed, one_sided=one_sided)

@@ -275,6 +275,8 @@ def test_activations_keep_their_dtype_and_masks_theirs() -> None:
         assert parameter.grad.dtype == torch.float32
         assert parameter.grad.isfinite().all()
         assert (parameter.grad != 0).float().mean() > 0.9
+        channels = gates.split(parameter.grad)["channel", 1]
+        assert (channels.bfloat16() != channels).any(), "summed over tokens in float32"
 
 
 def test_recomputed_activations_see_the_same_noise() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from lit_prune import PrunableLM
 from lit_prune.schedule import make_optimizer, warmed_up
+from tests.structure.tiny import tiny_model
+from tests.tiny_fit import Watch, make_data, make_tokenizer, make_trainer
 
 
 def rates(steps: int, warmup: float, shape: Any) -> list[float]:
@@ -60,3 +64,34 @@ def test_adamw_in_8_bit_is_nearly_adamw(size: tuple[int, int], dtype: torch.dtyp
     assert ends[0].abs().mean() > 0.05
     close = 0.1 if dtype == torch.float32 else 0.2
     assert (ends[1] - ends[0]).norm() < close * ends[0].norm()
+
+
+def test_a_callback_can_bring_its_own_optimization(tmp_path: Path):
+    module = PrunableLM.from_model(tiny_model("llama"), make_tokenizer())
+    gates = module.gates = nn.Linear(2, 2)
+
+    def own(of: Any) -> Any:
+        assert of is module
+        return torch.optim.SGD(gates.parameters(), lr=0.1)
+
+    module.optimization_of = own
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, datamodule=make_data(tmp_path))
+    (optimizer,) = trainer.optimizers
+    assert type(optimizer) is torch.optim.SGD
+    assert {"gates.weight", "gates.bias"} <= {name for name, _ in module.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"), [({}, "AdamW"), ({"optimizer": "adamw8bit"}, "AdamW8bit")]
+)
+def test_the_module_trains_with_what_was_asked_for(tmp_path: Path, options: Any, kind: str):
+    settings = {"learning_rate": 2.0, "weight_decay": 0.1, "warmup": 0.25, "schedule": "linear"}
+    model = tiny_model("llama")
+    module = PrunableLM.from_model(model, make_tokenizer(), **settings, **options)
+    watch = Watch()
+    trainer = make_trainer(tmp_path, [watch], max_steps=8)
+    trainer.fit(module, datamodule=make_data(tmp_path))
+    assert type(trainer.optimizers[0]).__name__ == kind
+    assert trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.1
+    assert watch.rates == pytest.approx([1.0, 2.0, *[2 - 2 * k / 6 for k in range(6)]])

@@ -70,11 +70,12 @@ def test_without_it_the_result_is_the_mean() -> None:
 def test_a_restart_forgets(enabled: bool) -> None:
     data, smoothing = batches(), Smoothing(enabled)
     for scores in batches(3, seed=8):
-        smoothing.update(scores)
+        smoothing.update({**scores, "hidden": scores["query"]})
     smoothing.restart()
     for scores in data:
         smoothing.update(scores)
     expected = smoothed(data, enabled=enabled)
+    assert smoothing.result().keys() == expected.keys()
     for name, tensors in smoothing.result().items():
         assert all(torch.equal(a, b) for a, b in zip(tensors, expected[name], strict=True))
 
