@@ -62,7 +62,7 @@ class GainLossReport(Callback):
         """Measure the result, and write and print the report."""
         pl_module.finish()
         pl_module.to(trainer.strategy.root_device)
-        if trainer.global_step > 0:
+        if trainer.global_step > pl_module.first_step:  # some methods train before they cut
             self._measure(trainer, pl_module, "recovered")
         if self.rounds and trainer.is_global_zero:
             self._measure_speed(trainer, pl_module)
@@ -110,7 +110,7 @@ class GainLossReport(Callback):
             protocol={
                 **data.protocol(),
                 "dtype": str(pl_module.model.dtype).removeprefix("torch."),
-                "recovery_steps": trainer.global_step,
+                "recovery_steps": trainer.global_step - pl_module.first_step,
                 "recovery_batch": _batch(trainer, data),
                 "speed": speed if self.rounds else "not measured",
                 "threads": torch.get_num_threads(),

@@ -45,7 +45,7 @@ def weight_gradients(
         track: Wraps the batches in a progress bar.
 
     Raises:
-        UserError: A loss or gradient is not finite.
+        UserError: A loss is not finite.
     """
     chosen = range(len(structure.widths.layers)) if layers is None else layers
     names = {layer: names_of(model, structure, layer) for layer in chosen}

@@ -14,7 +14,7 @@ from lit_prune.calibration import Stream, evaluating
 from lit_prune.distillation import cross_entropy
 from lit_prune.errors import UserError
 from lit_prune.gradients import labels_of
-from lit_prune.layerwise import Ranks, Restoration, device_of, inputs_of, matrix_of
+from lit_prune.layerwise import ORDER, Ranks, Restoration, device_of, inputs_of, matrix_of
 from lit_prune.restoration import least_squares
 from lit_prune.statistics import InputStatistics
 from lit_prune.structure.model import Structure
@@ -106,28 +106,28 @@ def _without(
     """Take most of a layer's units out for a while, by zeros in the matrices that read them."""
     before: list[tuple[Tensor, Tensor]] = []
     sizes = structure.widths.sizes(layer)
-    for axis in axes:
-        site = structure.readers(model, axis, layer)[0]
-        reader = model.get_submodule(site.path)
-        repair = restoration.kind == "least_squares"
-        seen = InputStatistics(inputs_of(reader), device_of(reader), gram=repair)
-        stream.observe(layer, reader, seen.add)
-        seen.reduce(ranks.reduce)
-        units = score(layer, axis, reader, seen)
-        kept = keep_highest(units, min(round(TRIAL * units.shape[-1]), units.shape[-1] - 1))
-        keep = ranks.agree({axis: kept})
-        if site.line.reads is None:
-            raise TypeError(f"expected {site.path} to read an axis")
-        columns = site.line.reads.positions(sizes, keep).to(device_of(reader))
-        matrix = matrix_of(reader)
-        before.append((matrix, matrix.clone()))
-        new = matrix[:, columns]
-        if seen.gram is not None:
-            ridge, delta = restoration.ridge, restoration.delta
-            new = least_squares(matrix, seen.gram.matrix, columns, ridge=ridge, delta=delta)
-        matrix.zero_()
-        matrix[:, columns] = new.to(matrix.dtype)
     try:
+        for axis in [axis for axis in ORDER if axis in axes]:
+            site = structure.readers(model, axis, layer)[0]
+            reader = model.get_submodule(site.path)
+            repair = restoration.kind == "least_squares"
+            seen = InputStatistics(inputs_of(reader), device_of(reader), gram=repair)
+            stream.observe(layer, reader, seen.add)
+            seen.reduce(ranks.reduce)
+            units = score(layer, axis, reader, seen)
+            kept = keep_highest(units, min(round(TRIAL * units.shape[-1]), units.shape[-1] - 1))
+            keep = ranks.agree({axis: kept})
+            if site.line.reads is None:
+                raise TypeError(f"expected {site.path} to read an axis")
+            columns = site.line.reads.positions(sizes, keep).to(device_of(reader))
+            matrix = matrix_of(reader)
+            before.append((matrix, matrix.clone()))
+            new = matrix[:, columns]
+            if seen.gram is not None:
+                ridge, delta = restoration.ridge, restoration.delta
+                new = least_squares(matrix, seen.gram.matrix, columns, ridge=ridge, delta=delta)
+            matrix.zero_()
+            matrix[:, columns] = new.to(matrix.dtype)
         yield
     finally:
         for matrix, old in reversed(before):

@@ -66,6 +66,20 @@ def test_calibration_batches_are_seeded_and_sized(make):
     assert all(tensor.dtype == torch.int64 for tensor in first[0].values())
 
 
+def test_each_turn_draws_anew(make):
+    def windows(seed, *turn):
+        (batch,) = make(seed=seed).calibration_batches(6, 8, 6, *turn)
+        return [tuple(row) for row in batch["input_ids"].tolist()]
+
+    turns = [windows(5, turn) for turn in range(4)]
+    assert turns == [windows(5, turn) for turn in range(4)]
+    assert turns[0] == windows(5)
+    assert len(set(map(tuple, turns))) == 4
+    assert all(len(set(turn)) == 6 for turn in turns)
+    # nor is a turn that of another seed
+    assert not {tuple(windows(seed)) for seed in range(4, 10)} & set(map(tuple, turns[1:]))
+
+
 def test_the_training_loader_is_stateful_and_resumes(make):
     loader = make().train_dataloader()
     assert isinstance(loader, StatefulDataLoader)
