@@ -110,11 +110,6 @@ class VIBPruning(PruningCallback):
     def prepare(self, trainer: Trainer, pl_module: PrunableLM) -> None:
         """Check what was asked, and put masks on the frozen model."""
         super().prepare(trainer, pl_module)
-        if self.stock and "hidden" in self.axes:
-            raise UserError(
-                "expected axes without hidden under --stock, since stock configs want a number of "
-                "features that the heads divide, got hidden; leave out one of the two"
-            )
         structure, labels = pl_module.structure, unique_labels(pl_module.model, pl_module.structure)
         if layered := [axis for axis in self.axes if axis != "hidden"]:
             protected, stock = self.protected_layers, self.stock

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
 
 from lit_prune.calibration import Stream
+from lit_prune.errors import UserError
 from lit_prune.layerwise import Ranks, dense_statistics
 from lit_prune.progress import track
 from lit_prune.statistics import InputStatistics
@@ -84,3 +86,34 @@ class Calibration:
     def reader(self, layer: int, axis: str) -> nn.Module:
         """The module of a layer that reads an axis."""
         return self.model.get_submodule(self.structure.readers(self.model, axis, layer)[0].path)
+
+
+def draw_batches(
+    trainer: Any, samples: int, length: int, batch_size: int, turn: int = 0
+) -> list[Any]:
+    """Calibration batches of all processes, from the trainer's data module.
+
+    Args:
+        trainer: The trainer.
+        samples: Number of windows.
+        length: Tokens of a window.
+        batch_size: Windows in a batch.
+        turn: Number of the draw, where a method draws anew each time it prunes.
+
+    Raises:
+        UserError: The data module has no method for it, or too few windows.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    if not hasattr(data, "calibration_batches"):
+        raise UserError(
+            "expected a data module with calibration_batches(samples, length, batch_size), "
+            f"got {type(data).__name__}; use lit_prune.TextDataModule or add that method"
+        )
+    trainer.lightning_module.check_length(length, "calibration windows")
+    redrawn = {"turn": turn} if turn else {}
+    if redrawn and "turn" not in signature(data.calibration_batches).parameters:
+        raise UserError(
+            "expected calibration_batches with an argument turn for a method that draws anew in "
+            f"each iteration, got {type(data).__name__}; add it, or set iterations to 1"
+        )
+    return data.calibration_batches(samples, length, batch_size, **redrawn)

@@ -149,13 +149,17 @@ def _compensate(calibration: Calibration, layout: Layout) -> None:
     """
     structure = calibration.structure
     for unit in layout.layers:
-        for axis in unit.keep:
+        sizes = structure.widths.sizes(unit.source)
+        readers = {
+            structure.readers(calibration.model, axis, unit.source)[0].path: axis
+            for axis in unit.keep
+        }  # each once, whatever axes of it are cut
+        for axis in readers.values():
             site = structure.readers(calibration.model, axis, unit.source)[0]
             reader = calibration.model.get_submodule(site.path)
             if site.line.reads is None:
                 raise TypeError(f"expected {site.path} to read an axis")
-            sizes = structure.widths.sizes(unit.source)
-            stays = site.line.reads.mask(sizes, {axis: unit.keep[axis]})
             weight = matrix_of(reader)
+            gone = ~site.line.reads.mask(sizes, unit.keep).to(weight.device)
             mean = calibration.moments[unit.source, axis].mean
-            raise_bias(reader, mean_output(weight, mean, ~stays.to(weight.device)))
+            raise_bias(reader, mean_output(weight, mean, gone))

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 
 from lit_prune import decision
 from lit_prune.allocation import Plan, uniform
-from lit_prune.calibrating import Calibration
+from lit_prune.calibrating import Calibration, draw_batches
 from lit_prune.cutting import CuttingCallback, sizes_of
 from lit_prune.errors import UserError, require_one_of
 from lit_prune.layerwise import ColumnScore, Repair, Restoration, by_columns, prune_layers
@@ -97,16 +97,22 @@ class PruningCallback(CuttingCallback):
         for (name, bound), value in zip(least.items(), given, strict=True):
             if value < bound:
                 raise UserError(f"expected {name} of at least {bound}, got {value}")
-        if not axes or (unknown := [axis for axis in axes if axis not in self.known_axes]):
+        unknown = [axis for axis in axes if axis not in self.known_axes]
+        if unknown or not axes:
             raise UserError(
                 f"expected axes out of {', '.join(self.known_axes)} for {self.method}, got "
-                f"{unknown[0] if axes else 'none'}; choose among those"
+                f"{unknown[0] if unknown else 'none'}; choose among those"
             )
         super().__init__(start, iterations, every)
         self.sparsity, self.axes, self.allocation = sparsity, tuple(axes), allocation
         self.samples, self.length, self.batch_size = samples, length, batch_size
         self.protected_layers, self.per_layer_ratio = list(protected_layers), per_layer_ratio
         self.relative_to, self.multiple, self.seed = relative_to, multiple, seed
+        if allocation == "sensitivity" and samples % batch_size:
+            raise UserError(
+                "expected whole batches for the sensitivity allocation, which sets some aside, got "
+                f"{samples} samples in batches of {batch_size}; make samples a multiple of it"
+            )
         self.restoration = Restoration(restoration, ridge, delta)
         if restoration == "unit_scales" and "hidden" in self.axes:
             raise UserError(
@@ -291,7 +297,7 @@ class PruningCallback(CuttingCallback):
 
     def _held(self) -> int:
         """Batches set aside."""
-        whole = -(-self.samples // self.batch_size)
+        whole = self.samples // self.batch_size
         return -(-whole // _HELD_SHARE) if self.allocation == "sensitivity" else 0
 
     def draw(self, trainer: Any) -> list[Any]:
@@ -300,15 +306,5 @@ class PruningCallback(CuttingCallback):
         Raises:
             UserError: The data module has none, or too few.
         """
-        data: Any = getattr(trainer, "datamodule", None)
-        if not hasattr(data, "calibration_batches"):
-            raise UserError(
-                "expected a data module with calibration_batches(samples, length, batch_size), "
-                f"got {type(data).__name__}; use lit_prune.TextDataModule or add that method"
-            )
-        trainer.lightning_module.check_length(self.length, "calibration windows")
-        held, samples = self._held(), self.samples
-        if held:  # whole batches, so that the others are as without
-            samples = self.batch_size * (held - (-samples // self.batch_size))
-        redrawn = {"turn": self.iteration} if self.iteration else {}
-        return data.calibration_batches(samples, self.length, self.batch_size, **redrawn)
+        samples = self.samples + self._held() * self.batch_size
+        return draw_batches(trainer, samples, self.length, self.batch_size, self.iteration)

@@ -27,9 +27,10 @@ from lit_prune.allocation import Plan, uniform
 from lit_prune.calibration import Stream
 from lit_prune.callbacks import Distillation, ExportCheckpoint, FASPPruning, LoRARecovery
 from lit_prune.evaluation import perplexity
-from lit_prune.layerwise import Restoration, prune_layers
+from lit_prune.layerwise import Restoration, by_columns, prune_layers
 from lit_prune.progress import track
 from lit_prune.restoration import Gram, least_squares
+from lit_prune.scores import column_scores
 from lit_prune.structure.counting import count_actual, unique_labels
 
 MODEL = "embedded:smollm2-135m-instruct"
@@ -73,8 +74,9 @@ def prune(
         module.model,
         module.structure,
         Stream(module.model, module.structure, batches),
-        plan,
-        restoration=Restoration(restore),
+        by_columns(module.structure, lambda w, x: column_scores(w, x.norms()), plan),
+        ["channel"],
+        restoration=Restoration("least_squares" if restore else "none"),
         track=lambda layers: track(layers, "pruning layers"),
     )
     return time.perf_counter() - start

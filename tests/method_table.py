@@ -54,7 +54,9 @@ METHODS = {
     "cce-lora": Method("CoupledComponentPruning", {"gradients": "lora", "axes": ["channel"]}),
     "vib": Method("VIBPruning", {"steps": 4, "rate": 10.0, "multiple": 0}, steps=7),
     "vib-aligned": Method(
-        "VIBPruning", {"steps": 2, "rate": 20.0, "multiple": 8, "axes": ["group", "channel"]}, steps=4
+        "VIBPruning",
+        {"steps": 2, "rate": 20.0, "multiple": 8, "axes": ["group", "channel"]},
+        steps=4,
     ),
     "mini-llm": Method("ZerothOrderPruning", {"protected_layers": [0], "gradient_samples": 2}),
 }

@@ -94,8 +94,6 @@ def test_one_seed_one_result(tmp_path: Path, method: str) -> None:
 
 def test_every_method_has_a_row() -> None:
     offered = {
-        name
-        for name in callbacks.__all__
-        if issubclass(getattr(callbacks, name), PruningCallback)
+        name for name in callbacks.__all__ if issubclass(getattr(callbacks, name), PruningCallback)
     }
     assert offered == {row.callback for row in METHODS.values()}

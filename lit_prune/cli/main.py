@@ -153,7 +153,7 @@ class PruneCLI(LightningCLI):
                 for callback in config["callbacks"]
                 if not getattr(callback, "is_recovery", False)
             ]
-            if fits and self.config[self.subcommand].no_recovery:
+            if fits and self.config["fit"].no_recovery:
                 steps = [getattr(callback, "last_step", 0) for callback in config["callbacks"]]
                 config["max_steps"] = max(steps, default=0)  # some train before they cut
         if fits and config.get("enable_checkpointing") is not False:

@@ -91,9 +91,7 @@ def cut_to(model: Any, widths: dict[str, list[int]]) -> bool:
         ("opt", "none", True),
     ],
 )
-def test_numbers_are_those_of_a_real_cut(
-    folder: Any, name: str, heads: Any, stock: bool
-) -> None:
+def test_numbers_are_those_of_a_real_cut(folder: Any, name: str, heads: Any, stock: bool) -> None:
     found = inspect_model(
         folder(name),
         sparsity=0.2,
