@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Trainer
 
 from lit_prune.allocation import Plan, keep_highest
 from lit_prune.calibrating import Calibration
 from lit_prune.coupled import coupled_scores
+from lit_prune.decision import narrow_stream
 from lit_prune.elimination import Step, plan_course
 from lit_prune.errors import UserError, require_one_of
 from lit_prune.lora_gradients import LoRA
@@ -18,10 +18,9 @@ from lit_prune.module import PrunableLM
 from lit_prune.pruning import AxisName, PruningCallback
 from lit_prune.ranking import Scores, kept_units
 from lit_prune.smoothing import Smoothing
-from lit_prune.structure import Layout, cut
+from lit_prune.structure import Layout
 from lit_prune.structure.counting import unique_labels
-from lit_prune.structure.layout import LayerUnits
-from lit_prune.structure.norms import NormRescale, energies
+from lit_prune.structure.norms import NormRescale
 
 Gradients = Literal["full", "lora"]
 
@@ -145,17 +144,7 @@ class CoupledComponentPruning(PruningCallback):
 
     def apply(self, calibration: Calibration, layout: Layout) -> None:
         """Cut features first, with the norms' energies measured before that, then all else."""
-        if layout.hidden is not None:
-            model, structure = calibration.model, calibration.structure
-            found = {}
-            if self.norm_rescale == "calibrated":
-                found = energies(model, structure, calibration.batches)
-            found = {path: calibration.ranks.reduce(total) for path, total in found.items()}
-            whole = tuple(LayerUnits(unit.source) for unit in layout.layers)
-            with torch.no_grad():
-                only = Layout(layout.of, layout.hidden, whole)
-                cut(model, structure, only, self.norm_rescale, found)
-            layout = Layout(structure.widths.copy(), None, layout.layers)
+        layout = narrow_stream(calibration, layout, self.norm_rescale)
         super().apply(calibration, layout)
 
     def options(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lit_prune.adaptation import GATED, DecoderCount, Threshold
 from lit_prune.allocation import uniform
 from lit_prune.bottleneck import Gates, Objective, mask_optimizer
 from lit_prune.calibrating import Calibration
+from lit_prune.decision import narrow_stream
 from lit_prune.distillation import LossTerm, cross_entropy
 from lit_prune.errors import UserError
 from lit_prune.gating import GatedNorms
@@ -27,9 +28,8 @@ from lit_prune.pruning import AxisName, PruningCallback
 from lit_prune.ranking import Scores
 from lit_prune.ranks import ranks_of
 from lit_prune.scores import vib
-from lit_prune.structure import Layout, cut
+from lit_prune.structure import Layout
 from lit_prune.structure.counting import unique_labels
-from lit_prune.structure.layout import LayerUnits
 
 #: Steps between comparisons of masks.
 _EVERY = 50
@@ -252,13 +252,7 @@ class VIBPruning(PruningCallback):
         training = self._masks()
         training.fold(layout)
         training.close()
-        if layout.hidden is not None:
-            structure = calibration.structure
-            whole = tuple(LayerUnits(unit.source) for unit in layout.layers)
-            with torch.no_grad():
-                only = Layout(layout.of, layout.hidden, whole)
-                cut(calibration.model, structure, only, self.norm_rescale)
-            layout = Layout(structure.widths.copy(), None, layout.layers)
+        layout = narrow_stream(calibration, layout, self.norm_rescale)
         super().apply(calibration, layout)
 
     def _masks(self) -> MaskTraining:

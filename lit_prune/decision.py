@@ -24,6 +24,7 @@ from lit_prune.sensitivity import loss_rises, shares
 from lit_prune.statistics import InputStatistics
 from lit_prune.structure import Layout, cut
 from lit_prune.structure.layout import LayerUnits
+from lit_prune.structure.norms import NormRescale, energies
 
 
 def column_scores(calibration: Calibration, score: ColumnScore) -> Scores:
@@ -120,14 +121,11 @@ def apply(calibration: Calibration, layout: Layout, restoration: Restoration) ->
     if restoration.kind == "bias" and "moments" in vars(calibration):
         _compensate(calibration, layout)
         restoration = replace(restoration, kind="none")
-    with torch.no_grad():
-        if layout.hidden is not None:
-            whole = tuple(LayerUnits(unit.source) for unit in layout.layers)
-            cut(model, structure, Layout(layout.of, layout.hidden, whole))
-            layout = Layout(structure.widths.copy(), None, layout.layers)
-        if restoration.kind == "none":
+    layout = narrow_stream(calibration, layout)
+    if restoration.kind == "none":
+        with torch.no_grad():
             cut(model, structure, layout)
-            return
+        return
     prune_layers(
         model,
         structure,
@@ -139,6 +137,32 @@ def apply(calibration: Calibration, layout: Layout, restoration: Restoration) ->
         ranks=calibration.ranks,
         track=calibration.track("layers"),
     )
+
+
+def narrow_stream(
+    calibration: Calibration, layout: Layout, norm_rescale: NormRescale = "masked"
+) -> Layout:
+    """Cut a model's residual features, if some go, and nothing else.
+
+    Args:
+        calibration: The model, which is cut in place, and its calibration tokens.
+        layout: What stays.
+        norm_rescale: What RMS norms do; see `lit_prune.structure.norms.rescale`.
+
+    Returns:
+        What is left to cut.
+    """
+    if layout.hidden is None:
+        return layout
+    model, structure = calibration.model, calibration.structure
+    found = {}
+    if norm_rescale == "calibrated":
+        found = energies(model, structure, calibration.batches)
+    found = {path: calibration.ranks.reduce(total) for path, total in found.items()}
+    whole = tuple(LayerUnits(unit.source) for unit in layout.layers)
+    with torch.no_grad():
+        cut(model, structure, Layout(layout.of, layout.hidden, whole), norm_rescale, found)
+    return Layout(structure.widths.copy(), None, layout.layers)
 
 
 def _compensate(calibration: Calibration, layout: Layout) -> None:
