@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_process import resident, restart_peak
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from lit_prune import PrunableLM, TextDataModule
@@ -156,21 +157,12 @@ def bench_time(data: Path, **_: Any) -> dict[str, Any]:
     return {"median": middle, "rounds": rounds, "threads": torch.get_num_threads()}
 
 
-def resident(key: str) -> int:
-    """A figure of this process's memory in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {key} in /proc/self/status")
-
-
 def bench_memory(data: Path, **_: Any) -> dict[str, Any]:
     """Peak RSS while calibrating and pruning, over that just before."""
     module, texts = load(data)
     batches = texts.calibration_batches(SAMPLES, LENGTH, BATCH)
     plan = plan_of(module, 0.2)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = restart_peak()
     prune(module, batches, plan)
     peak = resident("VmHWM")
     mib = {"before": before / 2**20, "peak": peak / 2**20, "rise": (peak - before) / 2**20}

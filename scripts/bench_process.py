@@ -1,0 +1,104 @@
+"""One cell of the bench of the methods, in a process of its own: `python bench_process.py …`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from bench_cells import (
+    BATCH,
+    DENSE,
+    LENGTH,
+    METHODS,
+    MODEL,
+    RANK,
+    RATE,
+    STEPS,
+    TOKENS,
+    WINDOW,
+    Cell,
+    asked,
+)
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+from lit_prune import PrunableLM, TextDataModule, callbacks
+from lit_prune.evaluation import perplexity
+
+
+def resident(key: str) -> int:
+    """A figure of this process's memory in bytes, such as VmRSS or its peak, VmHWM."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {key} in /proc/self/status")
+
+
+def restart_peak() -> int:
+    """Let VmHWM start anew; the resident bytes now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+class Meter(Callback):
+    """Seconds and memory from before the calibration to after the last cut."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, float] = {}
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start the clock."""
+        self.before, self.start = restart_peak(), time.perf_counter()
+
+    def on_after_cut(self, trainer: Any, pl_module: Any) -> None:
+        """Read it."""
+        peak = resident("VmHWM") - self.before
+        self.found = {"seconds": time.perf_counter() - self.start, "peak_mib": peak / 2**20}
+
+
+def measure(cell: Cell, data: Path, judge: str) -> dict[str, Any]:
+    """Prune, recover if asked to, and take the perplexity."""
+    seed_everything(0)
+    text, row = data / "text", METHODS.get(cell.method)
+    texts = TextDataModule(
+        str(text / "wikitext2-train-head.txt"),
+        test=str(text / "wikitext2-test.txt"),
+        length=LENGTH,
+        batch_size=BATCH if row is None or cell.recovery else row.batch,
+        window=WINDOW,
+        validation_tokens=TOKENS,
+        seed=cell.seed,
+    )
+    module = PrunableLM(MODEL, learning_rate=RATE)
+    module.configure_model()
+    texts.tokenizer = module.tokenizer
+    result = {} if cell == DENSE else _prune(cell, module, texts)
+    loader = texts.test_dataloader() if judge == "test" else texts.val_dataloader()
+    return result | {"perplexity": perplexity(module.model, loader, progress="perplexity").value}
+
+
+def _prune(cell: Cell, module: PrunableLM, texts: TextDataModule) -> dict[str, Any]:
+    options = asked(cell)
+    pruning, meter = getattr(callbacks, METHODS[cell.method].callback)(**options), Meter()
+    steps: list[Any] = [meter, pruning]
+    if cell.recovery:
+        steps += [callbacks.LoRARecovery(rank=RANK, alpha=2 * RANK), callbacks.Distillation()]
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=pruning.last_step + (STEPS if cell.recovery else 0),
+        callbacks=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, datamodule=texts)
+    *_, entry = module.history
+    module.finish()
+    return {
+        **meter.found,
+        "sparsity": entry["sparsity"],
+        "asked": options,
+        "options": entry["options"],
+        "recovery_seconds": module.seconds.get("recover", 0.0),
+    }
