@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 
 from lit_prune.calibrating import Calibration
-from lit_prune.errors import require_one_of
+from lit_prune.errors import UserError, require_one_of
 from lit_prune.layerwise import Repair
 from lit_prune.module import PrunableLM
 from lit_prune.protection import ends
@@ -45,7 +45,7 @@ class AdaptiveFusionPruning(PruningCallback):
         length: Tokens of a calibration window.
         batch_size: Windows whose gradient is taken at once, as one sample.
         protected_layers: Layers that stay whole; by default the first 4 and the last 2 of 32, and
-            the same share at other depths.
+            the same share at other depths, or none under --stock.
         options: As for `lit_prune.pruning.PruningCallback`.
     """
 
@@ -80,6 +80,11 @@ class AdaptiveFusionPruning(PruningCallback):
         require_one_of(mixing, Mixing)
         require_one_of(weighting, Weighting)
         require_one_of(fisher_scale, FisherScale)
+        if self.allocation == "global" and estimate == "fusion" and mixing != "sum":
+            raise UserError(
+                "expected mixing sum with the global allocation, since the others make scores "
+                f"relative to their layer's mean, got {mixing}; choose one or the other"
+            )
         self.estimates: tuple[Estimate, ...] = (
             ("coarse", "mixed") if estimate == "fusion" else (estimate,)
         )
@@ -92,7 +97,8 @@ class AdaptiveFusionPruning(PruningCallback):
         """Check what was asked before anything is done, and get ready."""
         if self.protects_ends:
             layers = len(pl_module.structure.widths.layers)
-            self.protected_layers = ends(layers, _FIRST, _LAST)
+            # all layers have one width under --stock
+            self.protected_layers = [] if pl_module.stock else ends(layers, _FIRST, _LAST)
         super().prepare(trainer, pl_module)
 
     def score(self, calibration: Calibration) -> Scores:

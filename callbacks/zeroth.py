@@ -46,7 +46,7 @@ class ZerothOrderPruning(PruningCallback):
         epsilon: Size of the perturbation; null for 1e-3, or 1e-2 with gates.
         samples: Calibration windows, for the norms.
         protected_layers: Layers that stay whole; null for the paper's, the first 4 and the last 3
-            of 32, or the same share at other depths.
+            of 32, or the same share at other depths; none under --stock.
         options: As for `lit_prune.pruning.PruningCallback`.
     """
 
@@ -93,7 +93,8 @@ class ZerothOrderPruning(PruningCallback):
         """Check what was asked, and find out which windows are this process'."""
         if self._protect:
             layers = len(pl_module.structure.widths.layers)
-            self.protected_layers = ends(layers, first=4, last=3)
+            # all layers have one width under --stock
+            self.protected_layers = [] if pl_module.stock else ends(layers, first=4, last=3)
         self._share = (trainer.global_rank, trainer.world_size)
         super().prepare(trainer, pl_module)
 

@@ -118,6 +118,13 @@ def test_the_ends_are_protected_unless_said_otherwise(
     assert module.history[0]["options"]["protected_layers"] == expected
 
 
+def test_under_stock_no_layer_is_protected_by_itself() -> None:
+    model = tiny_model("llama", num_hidden_layers=8)
+    module = fitted(AdaptiveFusionPruning(0.2, "vector", **OPTIONS), model, stock=True)
+    assert len({sizes["channel"] for sizes in module.structure.widths.layers}) == 1
+    assert module.history[0]["options"]["protected_layers"] == []
+
+
 def test_the_papers_ratio_is_that_of_each_pruned_layer() -> None:
     callback = AdaptiveFusionPruning(per_layer_ratio=0.2, axes=["channel"], **OPTIONS)
     module = fitted(callback, tiny_model("llama", num_hidden_layers=8))
@@ -169,6 +176,7 @@ def test_one_seed_gives_one_result() -> None:
         ({"mixing": "mean"}, "one of sum, normalised, depth"),
         ({"weighting": "length"}, "one of uniform, loss"),
         ({"fisher_scale": "sum"}, "one of mean, tokens"),
+        ({"mixing": "depth", "allocation": "global"}, "mixing sum with the global allocation"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options: Any, text: str) -> None:
