@@ -66,7 +66,7 @@ METHODS: dict[str, Method] = {
     "cce": Method("CoupledComponentPruning", claims=("random", "magnitude-l2")),
     "fusion": Method(
         "AdaptiveFusionPruning",
-        {"fisher_scale": "tokens"},
+        {"fisher_scale": "tokens", "mixing": "normalised"},
         claims=("fusion-vector", "fusion-element1", "fusion-element2", "fusion-mixed"),
     ),
     "vib": Method(
