@@ -31,7 +31,7 @@ class Method:
         own: The method's own restoration, in the column without least squares.
         claims: Rows that it is said to beat.
         main: Whether it is a row of the table, or only of the claims.
-        batch: Windows of an optimizer step while masks train.
+        batch: Windows of a training step; those of a recovery are `BATCH` for all.
     """
 
     callback: str
@@ -83,7 +83,7 @@ METHODS: dict[str, Method] = {
     "fusion-vector": _fusion(estimate="vector"),
     "fusion-element1": _fusion(estimate="element1"),
     "fusion-element2": _fusion(estimate="element2"),
-    "fusion-mixed": _fusion(estimate="mixed"),
+    "fusion-mixed": _fusion(estimate="mixed", fisher_scale="tokens"),
     "mini-llm-wanda": _mini("wanda"),
     "mini-llm-magnitude": _mini("magnitude"),
     "mini-llm-gradient": _mini("gradient"),

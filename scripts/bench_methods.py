@@ -73,7 +73,8 @@ def run(data: Path, out: Path, judge: str, only: str, minutes: float) -> None:
             failed.add(cell)
             print(f"  failed: {done.stderr.strip()[-500:]}", file=sys.stderr, flush=True)
             continue
-        result = {"protocol": expected, **json.loads(done.stdout.splitlines()[-1])}
+        measured = json.loads(done.stdout.splitlines()[-1])
+        result = {"protocol": expected, "code": _code(), **measured}
         path = out / f"{cell.name}.json"
         partial = path.with_suffix(".part")
         partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -81,6 +82,12 @@ def run(data: Path, out: Path, judge: str, only: str, minutes: float) -> None:
         print(f"  perplexity {result['perplexity']:.3f}", file=sys.stderr, flush=True)
     if failed:
         raise SystemExit(f"{len(failed)} cells failed")
+
+
+def _code() -> str:
+    """The commit that is measured."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.check_output(command, cwd=Path(__file__).parent, text=True).strip()
 
 
 def table(data: Path, out: Path, judge: str) -> str:
@@ -102,7 +109,7 @@ def table(data: Path, out: Path, judge: str) -> str:
             if percent == 50 and best and name not in best:
                 columns[-1] = ""
         lines.append(_row([*columns, *_costs(found[Cell(name, 20, "own")])]))
-    return "\n".join([*lines, "", *_claims(found), "", *_options(found)])
+    return "\n".join([*lines, "", *_claims(found), "", *_options(found), *_reached(found)])
 
 
 def _row(columns: list[str]) -> str:
@@ -151,6 +158,18 @@ def _options(found: Found) -> list[str]:
         told = "not run" if result is None else json.dumps(result["options"])
         lines.append(f"- {name}: {told}")
     return lines
+
+
+def _reached(found: Found) -> list[str]:
+    """The sparsities that cells of a target have, and the commits that they were measured with."""
+    lines = []
+    for percent in (20, 50):
+        results = [result for cell, result in found.items() if cell.percent == percent and result]
+        shares = sorted(100 * result["sparsity"]["decoder"] for result in results)
+        told = f"{shares[0]:.2f} % to {shares[-1]:.2f} %" if shares else "not run"
+        lines.append(f"- removed where {percent} % were asked for: {told}")
+    codes = sorted({result["code"] for result in found.values() if result})
+    return [*lines, f"- commits: {', '.join(codes)}"]
 
 
 def main() -> None:

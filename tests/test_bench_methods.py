@@ -34,6 +34,7 @@ def write(bench: Any, out: Path, data: Path, cell: Any, perplexity: float, **cha
     out.mkdir(exist_ok=True)
     result: dict[str, Any] = {
         "protocol": bench.protocol(data, "test") | changed,
+        "code": "abc1234",
         "perplexity": perplexity,
     }
     if cell.method != "dense":
@@ -55,6 +56,11 @@ def test_ratios_are_to_dense_and_missing_cells_are_not_run(bench: Any, data: Pat
     ]
     (flap,) = [line for line in lines if line.startswith("| flap |")]
     assert flap.count("not run") == 9
+    assert lines[-3:] == [
+        "- removed where 20 % were asked for: 20.00 % to 20.00 %",
+        "- removed where 50 % were asked for: not run",
+        "- commits: abc1234",
+    ]
 
 
 def test_a_claim_needs_all_seeds(bench: Any, data: Path, tmp_path: Path):
