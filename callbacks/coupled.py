@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
@@ -14,7 +14,7 @@ from lit_prune.decision import narrow_stream
 from lit_prune.elimination import Step, plan_course
 from lit_prune.errors import UserError, require_one_of
 from lit_prune.lora_gradients import LoRA
-from lit_prune.module import PrunableLM
+from lit_prune.prunable import Prunable
 from lit_prune.pruning import AxisName, PruningCallback
 from lit_prune.ranking import Scores, kept_units
 from lit_prune.smoothing import Smoothing
@@ -81,9 +81,9 @@ class CoupledComponentPruning(PruningCallback):
         )
         require_one_of(gradients, Gradients)
         require_one_of(norm_rescale, NormRescale)
-        self.gradients, self.smoothing = gradients, smoothing
+        self.gradients, self.smooths_sentences = gradients, smoothing
         self.norm_rescale: NormRescale = norm_rescale
-        self.asked, self.ffn_step = iterations, ffn_step
+        self.full_iterations, self.ffn_step = iterations, ffn_step
         shares = self.allocation != "uniform" or self.per_layer_ratio is not None or self.multiple
         if shares and "hidden" in self.axes:
             raise UserError(
@@ -91,12 +91,36 @@ class CoupledComponentPruning(PruningCallback):
                 f"where hidden is cut, got {self.allocation}, {self.per_layer_ratio} and "
                 f"{self.multiple}; leave them out, or hidden"
             )
+        if ffn_step is not None and (shares or "channel" not in self.axes):
+            raise UserError(
+                "expected ffn_step only where each iteration takes a head and some channels, got "
+                f"{self.allocation}, {self.per_layer_ratio} and {self.multiple} as allocation, "
+                f"per_layer_ratio and multiple, and axes {', '.join(self.axes)}; leave it out"
+            )
         #: What goes in each iteration; None where each takes the same share.
         self.steps: list[Step] | None = None if shares else []
         if not shares:
             self.iterations = 1  # until they are planned
+        self._at_first = (self.axes, self.sparsity, self.iterations, self.steps)
 
-    def prepare(self, trainer: Trainer, pl_module: PrunableLM) -> None:
+    def restart(self) -> None:
+        """Forget an earlier fit, and what was planned for its model."""
+        super().restart()
+        self.axes, self.sparsity, self.iterations, self.steps = self._at_first
+
+    @classmethod
+    def instead_of_sparsity(cls, options: Mapping[str, Any]) -> str | None:
+        """The option that says how much goes in the place of `sparsity`, if one does.
+
+        Args:
+            options: Arguments for a callback, by name.
+        """
+        own = options.get("allocation", "uniform") == "uniform" and not options.get("multiple")
+        if own and options.get("iterations") is not None:
+            return "iterations"
+        return super().instead_of_sparsity(options)
+
+    def prepare(self, trainer: Trainer, pl_module: Prunable) -> None:
         """Check what was asked before anything is done, and plan the iterations."""
         if all(sizes["query"] == 1 for sizes in pl_module.layout.of.layers):
             self.axes = tuple("group" if axis == "query" else axis for axis in self.axes)
@@ -106,14 +130,14 @@ class CoupledComponentPruning(PruningCallback):
                 pl_module.structure.widths,
                 self.axes,
                 sparsity=self.sparsity,
-                iterations=self.asked,
+                iterations=self.full_iterations,
                 ffn_step=self.ffn_step,
                 protected=self.protected_layers,
                 decoder=self.relative_to == "decoder",
                 stock=pl_module.stock,
             )
             self.steps, self.iterations = course.steps, len(course.steps)
-            if self.asked is not None:
+            if self.full_iterations is not None:
                 self.sparsity = course.sparsity
             if 0 <= trainer.max_steps < self.last_step:
                 raise self._too_short(trainer.max_steps)
@@ -127,7 +151,7 @@ class CoupledComponentPruning(PruningCallback):
             calibration.structure,
             calibration.batches,
             calibration.axes,
-            Smoothing(self.smoothing),
+            Smoothing(self.smooths_sentences),
             lora=lora if self.gradients == "lora" else None,
             ranks=calibration.ranks,
             track=calibration.track("sentences"),
@@ -149,7 +173,8 @@ class CoupledComponentPruning(PruningCallback):
 
     def options(self) -> dict[str, Any]:
         """What was asked for, as plain types."""
-        found = super().options() | {"gradients": self.gradients, "smoothing": self.smoothing}
+        own = {"gradients": self.gradients, "smoothing": self.smooths_sentences}
+        found = super().options() | own
         if self.ffn_step is not None:
             found["ffn_step"] = self.ffn_step
         if "hidden" in self.axes:

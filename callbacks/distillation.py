@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_prune.distillation import distillation_loss
 from lit_prune.errors import UserError
 from lit_prune.hidden import HiddenStates, hidden_loss, matching_layers
+from lit_prune.prunable import require
 from lit_prune.quantized import Precision, check_precision
 
 
@@ -69,9 +70,11 @@ class Distillation(Callback):
         """Ask the module to keep the dense model when it is cut.
 
         Raises:
-            UserError: bitsandbytes is needed for the teacher and not installed.
+            UserError: The module is none that can be cut, or bitsandbytes is needed for the teacher
+                and not installed.
         """
         if stage == "fit":
+            require(pl_module, self)
             check_precision(self.teacher)
             pl_module.keep_teacher, pl_module.teacher_precision = True, self.teacher
 
@@ -93,12 +96,24 @@ class Distillation(Callback):
         self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Have the student's hidden states recorded."""
+        self._forget()
         if self.hidden and pl_module.loss_term is self:  # not while masks are trained
             self._student = self._record(pl_module, pl_module.model, 0)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the loss back."""
+        self._forget()
         pl_module.loss_term = None
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Leave neither the loss nor hooks to a module whose fit is broken off."""
+        self.on_train_end(trainer, pl_module)
+
+    def _forget(self) -> None:
+        """Record the student no longer, where no loss was asked for."""
+        if self._student is not None:
+            self._student.close()
+        self._student = None
 
     def _record(self, pl_module: Any, model: Any, side: int) -> HiddenStates:
         """Record the layers that match; `side` is 0 for the student, 1 for the teacher."""
@@ -117,12 +132,16 @@ class Distillation(Callback):
         student, self._student = self._student, None
         states = None if student is None else student.take()
         dense = None if student is None else self._record(pl_module, pl_module.teacher, 1)
-        with torch.no_grad():
-            teacher = pl_module.teacher(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                use_cache=False,
-            )
+        try:
+            with torch.no_grad():
+                teacher = pl_module.teacher(
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    use_cache=False,
+                )
+        finally:
+            if dense is not None:
+                dense.close()
         losses = distillation_loss(output.logits, teacher.logits, batch["labels"], **self.weights)
         total = losses.pop("total")
         if states is not None and dense is not None:

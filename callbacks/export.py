@@ -9,10 +9,14 @@ from lightning.pytorch import Callback, Trainer
 
 from lit_prune.export import check_destination
 from lit_prune.export.describe import card_of
+from lit_prune.prunable import require
 
 
 class ExportCheckpoint(Callback):
     """Merges adapters and writes the checkpoint when the fit ends; list it last.
+
+    The folder gets its name when all of it is written: one that is there is complete. A fit that
+    was stopped after its last step, or had ended, writes it again when it is resumed.
 
     Args:
         folder: Where, under the run's folder.
@@ -22,7 +26,13 @@ class ExportCheckpoint(Callback):
         self.folder = folder
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse a place that holds something else, before hours of work rather than after."""
+        """Refuse what would fail only after hours of work.
+
+        Raises:
+            UserError: The module has no model to export, or the place holds something else.
+        """
+        if stage == "fit":
+            require(pl_module, self)
         if stage == "fit" and trainer.is_global_zero:
             check_destination(Path(trainer.default_root_dir) / self.folder)
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from lit_prune.layerwise import ColumnScore, Repair
 from lit_prune.pruning import PruningCallback
-from lit_prune.scores import column_scores
-from lit_prune.statistics import InputStatistics
+from lit_prune.scores.wanda import wanda_scores
 
 
 class FASPPruning(PruningCallback):
@@ -37,8 +34,4 @@ class FASPPruning(PruningCallback):
     @property
     def columns(self) -> ColumnScore:
         """The structured Wanda score."""
-        return _score
-
-
-def _score(weight: Tensor, statistics: InputStatistics) -> Tensor:
-    return column_scores(weight, statistics.norms())
+        return wanda_scores

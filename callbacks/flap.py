@@ -33,6 +33,8 @@ class FLAPPruning(PruningCallback):
     """
 
     method = "FLAP"
+    by_layer = True
+    dense_means = True
 
     def __init__(
         self,
@@ -52,11 +54,11 @@ class FLAPPruning(PruningCallback):
         Args:
             calibration: The model and its calibration tokens.
         """
-        layers = range(len(calibration.structure.widths.layers))
-        return {
-            axis: [self._layer(calibration, layer, axis) for layer in layers]
-            for axis in calibration.axes
-        }
+        scores: Scores = {axis: [] for axis in calibration.axes}
+        for layer in calibration.layers():
+            for axis in calibration.axes:
+                scores[axis].append(self._layer(calibration, layer, axis))
+        return scores
 
     def _layer(self, calibration: Calibration, layer: int, axis: str) -> Tensor:
         reader = calibration.reader(layer, axis)

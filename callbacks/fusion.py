@@ -10,8 +10,8 @@ from lightning.pytorch import Trainer
 from lit_prune.calibrating import Calibration
 from lit_prune.errors import UserError, require_one_of
 from lit_prune.layerwise import Repair
-from lit_prune.module import PrunableLM
 from lit_prune.protection import ends
+from lit_prune.prunable import Prunable
 from lit_prune.pruning import AxisName, PruningCallback
 from lit_prune.ranking import Scores
 from lit_prune.scores.fusion import Mixing, fuse
@@ -80,6 +80,11 @@ class AdaptiveFusionPruning(PruningCallback):
         require_one_of(mixing, Mixing)
         require_one_of(weighting, Weighting)
         require_one_of(fisher_scale, FisherScale)
+        if estimate != "fusion" and mixing != "sum":
+            raise UserError(
+                f"expected estimate fusion for mixing, which joins two estimates, got {estimate} "
+                f"with {mixing}; leave out mixing or choose fusion"
+            )
         if self.allocation == "global" and estimate == "fusion" and mixing != "sum":
             raise UserError(
                 "expected mixing sum with the global allocation, since the others make scores "
@@ -93,7 +98,7 @@ class AdaptiveFusionPruning(PruningCallback):
         self.fisher_scale: FisherScale = fisher_scale
         self.protects_ends = protected_layers is None
 
-    def prepare(self, trainer: Trainer, pl_module: PrunableLM) -> None:
+    def prepare(self, trainer: Trainer, pl_module: Prunable) -> None:
         """Check what was asked before anything is done, and get ready."""
         if self.protects_ends:
             layers = len(pl_module.structure.widths.layers)
@@ -124,7 +129,9 @@ class AdaptiveFusionPruning(PruningCallback):
 
     def options(self) -> dict[str, Any]:
         """What the method was asked for, as plain types, for reports."""
-        own = {"weighting": self.weighting, "fisher_scale": self.fisher_scale}
+        own: dict[str, Any] = {"weighting": self.weighting}
+        if self.estimates != ("vector",) and self.estimates != ("element1",):
+            own["fisher_scale"] = self.fisher_scale  # which first-order terms have not
         if len(self.estimates) == 1:
             return super().options() | {"estimate": self.estimates[0]} | own
         return super().options() | {"estimate": "fusion", "mixing": self.mixing} | own

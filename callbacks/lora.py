@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, Trainer
 
 from lit_prune.errors import UserError
+from lit_prune.prunable import require
 from lit_prune.quantized import Precision
 from lit_prune.refit import accumulating
 
@@ -58,6 +59,11 @@ class LoRARecovery(Callback):
             "adapter": adapter,
         }
         self._start: float | None = None
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse a module whose model can't have adapters."""
+        if stage == "fit":
+            require(pl_module, self)
 
     def on_before_cut(self, trainer: Trainer, pl_module: Any) -> None:
         """Refuse options that would fail only after a long pruning."""

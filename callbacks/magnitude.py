@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lit_prune.calibrating import Calibration
+from lit_prune.errors import require_one_of
 from lit_prune.pruning import PruningCallback
 from lit_prune.ranking import Scores
 from lit_prune.scores.magnitude import magnitude
 from lit_prune.structure.coupling import names_of, per_unit, view
+
+Norm = Literal["l1", "l2"]
 
 
 class MagnitudePruning(PruningCallback):
@@ -24,12 +27,13 @@ class MagnitudePruning(PruningCallback):
     """
 
     method = "magnitude"
+    by_layer = True
+    looks_at = "nothing"
 
-    def __init__(
-        self, sparsity: float = 0.2, norm: Literal["l1", "l2"] = "l2", **options: Any
-    ) -> None:
+    def __init__(self, sparsity: float = 0.2, norm: Norm = "l2", **options: Any) -> None:
         super().__init__(sparsity=sparsity, **options)
-        self.norm: Literal["l1", "l2"] = norm
+        require_one_of(norm, Norm)
+        self.norm: Norm = norm
 
     def score(self, calibration: Calibration) -> Scores:
         """The norm of what each unit owns.
@@ -39,7 +43,7 @@ class MagnitudePruning(PruningCallback):
         """
         model, structure = calibration.model, calibration.structure
         scores: Scores = {axis: [] for axis in calibration.axes}
-        for layer in range(len(structure.widths.layers)):
+        for layer in calibration.layers():
             names = names_of(model, structure, layer)
             weights = {name: model.get_parameter(name).detach() for name in names}
             rows = view(model, structure, layer, weights)

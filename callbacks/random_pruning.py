@@ -15,6 +15,8 @@ class RandomPruning(PruningCallback):
     """
 
     method = "random"
+    by_layer = True
+    looks_at = "nothing"
 
     def score(self, calibration: Calibration) -> Scores:
         """Numbers without meaning.

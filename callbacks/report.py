@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 
 from lit_prune import evaluation
 from lit_prune.errors import UserError
+from lit_prune.prunable import require
 from lit_prune.report import build_report, model_entry, print_report, write_report
 from lit_prune.structure.counting import count_actual
 
@@ -35,6 +36,11 @@ class GainLossReport(Callback):
         self.file, self.rounds, self.length = file, rounds, length
         self.models: dict[str, dict[str, Any]] = {}
         self.notes: list[str] = []
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse a module that has no model to measure."""
+        if stage == "fit":
+            require(pl_module, self)
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far."""
@@ -121,7 +127,7 @@ class GainLossReport(Callback):
             seconds=pl_module.seconds,
             method=last.get("method", "none"),
             options=last.get("options"),
-            warnings=self.notes,
+            warnings=[*last.get("warnings", []), *self.notes],
         )
 
 

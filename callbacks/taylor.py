@@ -86,9 +86,7 @@ class TaylorPruning(PruningCallback):
 
     def options(self) -> dict[str, Any]:
         """What the method was asked for, as plain types, for reports."""
-        own = {
-            "estimate": self.estimate,
-            "reduction": self.reduction,
-            "fisher_scale": self.fisher_scale,
-        }
+        own = {"estimate": self.estimate, "reduction": self.reduction}
+        if self.estimate in ("element2", "mixed"):  # others have no second-order terms
+            own["fisher_scale"] = self.fisher_scale
         return super().options() | own

@@ -23,10 +23,11 @@ from lit_prune.distillation import LossTerm, cross_entropy
 from lit_prune.errors import UserError
 from lit_prune.gating import GatedNorms
 from lit_prune.masking import Adaptation, MaskTraining, check_options
-from lit_prune.module import PrunableLM
+from lit_prune.prunable import Prunable
 from lit_prune.pruning import AxisName, PruningCallback
 from lit_prune.ranking import Scores
 from lit_prune.ranks import ranks_of
+from lit_prune.refit import whole
 from lit_prune.scores import vib
 from lit_prune.structure import Layout
 from lit_prune.structure.counting import unique_labels
@@ -66,6 +67,7 @@ class VIBPruning(PruningCallback):
 
     method = "VIB"
     known_axes = GATED
+    looks_at = "data"
 
     def __init__(
         self,
@@ -103,11 +105,11 @@ class VIBPruning(PruningCallback):
         self.training: MaskTraining | None = None
         self._windows: list[Any] = []
         self._other_loss: LossTerm | None = None
-        self._before, self._start = 0.0, 0.0
+        self._before, self._start, self._rate = 0.0, 0.0, rate
 
     # --- mask training -------------------------------------------------------------------------
 
-    def prepare(self, trainer: Trainer, pl_module: PrunableLM) -> None:
+    def prepare(self, trainer: Trainer, pl_module: Prunable) -> None:
         """Check what was asked, and put masks on the frozen model."""
         super().prepare(trainer, pl_module)
         structure, labels = pl_module.structure, unique_labels(pl_module.model, pl_module.structure)
@@ -116,7 +118,7 @@ class VIBPruning(PruningCallback):
             # checks what there is to choose from
             uniform(labels, structure.widths, 0.0, layered, protected=protected, stock=stock)
         target = self.target(pl_module)
-        rate = self.rate = self.rate or vib.default_rate(target)
+        rate = self._rate = self.rate or vib.default_rate(target)
         _warn_of_low(rate, self.start)
         gates = self._gates(pl_module)
         weights = vib.kl_weights(gates.units(), len(structure.widths.layers), target, self.kl_scale)
@@ -133,10 +135,10 @@ class VIBPruning(PruningCallback):
 
         pl_module.recut(trainer, begin)
 
-    def _gates(self, pl_module: PrunableLM) -> Gates:
+    def _gates(self, pl_module: Prunable) -> Gates:
         """New masks, or those of the checkpoint that the fit goes on from."""
         new = Gates(pl_module.structure.widths, self.axes, self.protected_layers, self.seed)
-        if not isinstance(pl_module.gates, Gates):
+        if not (pl_module.resumed and isinstance(pl_module.gates, Gates)):
             return new
         if pl_module.gates.spec != new.spec:
             raise UserError(
@@ -145,15 +147,15 @@ class VIBPruning(PruningCallback):
             )
         return pl_module.gates
 
-    def draw(self, trainer: Any) -> list[Any]:
-        """Calibration batches of all processes, if they are needed."""
-        needed = self.keep_best or self.restoration.kind != "none"
-        return super().draw(trainer) if needed else []
+    @property
+    def needs_data(self) -> bool:
+        """Whether anything looks at calibration tokens."""
+        return self.keep_best or self.restoration.kind != "none"
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Without dropout the masks' noise is the only one."""
+        """Leave the masks' noise the only one."""
         if self.training is not None:
-            pl_module.model.eval()
+            self.training.quieten()
             self._start = time.perf_counter() - pl_module.seconds.get("train_masks", 0.0)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: Any) -> None:
@@ -199,13 +201,15 @@ class VIBPruning(PruningCallback):
         training = self.training if self.keep_best else None
         stepped = not trainer.fit_loop._should_accumulate() and trainer.global_step % _EVERY == 0
         if training is not None and stepped and training.is_near():
-            training.compare(self._windows, ranks_of(trainer.strategy))
+            with whole(trainer):  # processes may have different numbers of windows
+                training.compare(self._windows, ranks_of(trainer.strategy))
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Leave no hooks on the model of a fit that is broken off."""
+        """Leave neither hooks nor masks to a module whose fit is broken off."""
         if self.training is not None:
             self._end(pl_module)
+            pl_module.pruning_ahead = False
 
     def _end(self, pl_module: Any) -> None:
         if self.training is not None:
@@ -214,6 +218,8 @@ class VIBPruning(PruningCallback):
         pl_module.optimization_of = None
         if pl_module.loss_term == self.loss:
             pl_module.loss_term = self._other_loss
+        pl_module.gates = None
+        pl_module.model.train()
 
     # --- cutting -------------------------------------------------------------------------------
 
@@ -226,8 +232,6 @@ class VIBPruning(PruningCallback):
             training.gates.recall()
         layout = super().cut(trainer, pl_module, drawn)
         self._end(pl_module)
-        pl_module.gates = None
-        pl_module.model.train()
         return layout
 
     def score(self, calibration: Calibration) -> Scores:
@@ -237,12 +241,13 @@ class VIBPruning(PruningCallback):
 
     def decide(self, calibration: Calibration, scores: Scores, target: float) -> Layout:
         """What is above the threshold, in widths that are multiples."""
-        decision = self._masks().decide()
+        decision = self._masks().settle()
         self._before = decision.before
         if calibration.shown:
+            rounded = f", {decision.sparsity:.2%} with widths in multiples of {self.multiple}"
             print(
                 f"{self.method}: {decision.before:.2%} of the decoder's parameters are below the "
-                f"threshold, {decision.sparsity:.2%} with widths in multiples of {self.multiple}",
+                f"threshold{rounded if self.multiple else ''}",
                 file=sys.stderr,
             )
         return decision.layout
@@ -267,7 +272,7 @@ class VIBPruning(PruningCallback):
             found.pop(name, None)
         return found | {
             "steps": self.start,
-            "rate": self.rate or vib.default_rate(self.sparsity),
+            "rate": self._rate or vib.default_rate(self.sparsity),
             "kl_scale": self.kl_scale,
             "threshold": self.adaptation.threshold,
             "multiple": self.multiple,

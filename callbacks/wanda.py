@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from lit_prune.layerwise import ColumnScore
 from lit_prune.pruning import PruningCallback
-from lit_prune.scores import column_scores
-from lit_prune.statistics import InputStatistics
+from lit_prune.scores.wanda import wanda_scores
 
 
 class WandaPruning(PruningCallback):
@@ -28,8 +25,4 @@ class WandaPruning(PruningCallback):
     @property
     def columns(self) -> ColumnScore:
         """The structured Wanda score."""
-        return _score
-
-
-def _score(weight: Tensor, statistics: InputStatistics) -> Tensor:
-    return column_scores(weight, statistics.norms())
+        return wanda_scores

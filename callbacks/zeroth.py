@@ -9,23 +9,26 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lit_prune.calibrating import Calibration
-from lit_prune.errors import UserError
-from lit_prune.module import PrunableLM
+from lit_prune.errors import UserError, require_one_of
 from lit_prune.protection import ends
+from lit_prune.prunable import Prunable
 from lit_prune.pruning import AxisName, PruningCallback
 from lit_prune.ranking import Scores
 from lit_prune.scores.feature_map import Criterion
 from lit_prune.spsa import GateNoise, Noise, WeightNoise, loss_slopes, windows
 from lit_prune.statistics import InputStatistics
+from lit_prune.structure.coupling import parameter_names
 from lit_prune.zeroth_order import (
     backprop_scores,
     feature_map_scores,
     gate_scores,
     input_statistics,
-    parameter_names,
     scored_parts,
     together,
 )
+
+Gradient = Literal["zeroth_order", "backprop"]
+Perturb = Literal["weights", "gates"]
 
 
 class ZerothOrderPruning(PruningCallback):
@@ -51,14 +54,15 @@ class ZerothOrderPruning(PruningCallback):
     """
 
     method = "MINI-LLM"
+    looks_at = "data"  # the first windows of all have the gradient
 
     def __init__(
         self,
         sparsity: float = 0.2,
         axes: Sequence[AxisName] = ("group", "channel"),
         criterion: Criterion = "fms",
-        gradient: Literal["zeroth_order", "backprop"] = "zeroth_order",
-        perturb: Literal["weights", "gates"] = "weights",
+        gradient: Gradient = "zeroth_order",
+        perturb: Perturb = "weights",
         gradient_samples: int = 10,
         epsilon: float | None = None,
         samples: int = 128,
@@ -72,6 +76,9 @@ class ZerothOrderPruning(PruningCallback):
             protected_layers=protected_layers or (),
             **options,
         )
+        require_one_of(criterion, Criterion)
+        require_one_of(gradient, Gradient)
+        require_one_of(perturb, Perturb)
         if perturb == "gates" and (criterion != "fms" or gradient != "zeroth_order"):
             raise UserError(
                 "expected criterion fms and gradient zeroth_order where gates are perturbed, got "
@@ -85,11 +92,16 @@ class ZerothOrderPruning(PruningCallback):
                 f"{gradient_samples} and {self.epsilon:g}"
             )
         self.criterion: Criterion = criterion
+        if self._by_gradient and gradient_samples > samples:
+            raise UserError(
+                "expected gradient_samples out of the samples, got "
+                f"{gradient_samples} of {samples}; lower one or raise the other"
+            )
         self.gradient, self.perturb, self.gradient_samples = gradient, perturb, gradient_samples
         self._protect = protected_layers is None
         self._share = (0, 1)
 
-    def prepare(self, trainer: Trainer, pl_module: PrunableLM) -> None:
+    def prepare(self, trainer: Trainer, pl_module: Prunable) -> None:
         """Check what was asked, and find out which windows are this process'."""
         if self._protect:
             layers = len(pl_module.structure.widths.layers)
@@ -106,10 +118,10 @@ class ZerothOrderPruning(PruningCallback):
         """
         place = (calibration.model, calibration.structure, calibration.axes)
         statistics = self._statistics(calibration)
-        if self.criterion in ("wanda", "magnitude"):
+        if not self._by_gradient:
             return feature_map_scores(*place, statistics, None, self.criterion)
         rank, world = self._share
-        count = min(self.gradient_samples, self.samples)
+        count = self.gradient_samples
         own = windows(calibration.batches, count, self.batch_size, rank=rank, world=world)
         if self.gradient == "backprop":
             device, reduce = calibration.model.device, calibration.ranks.reduce
@@ -154,9 +166,12 @@ class ZerothOrderPruning(PruningCallback):
     def options(self) -> dict[str, Any]:
         """What was asked for, for reports."""
         own = {"criterion": self.criterion}
-        if self.criterion in ("fms", "gradient"):
-            own["gradient"] = self.gradient
-        if self.gradient == "zeroth_order" and self.criterion in ("fms", "gradient"):
+        if self._by_gradient:
+            own |= {"gradient": self.gradient, "gradient_samples": self.gradient_samples}
+        if self._by_gradient and self.gradient == "zeroth_order":
             own |= {"perturb": self.perturb, "epsilon": self.epsilon}
-            own["gradient_samples"] = self.gradient_samples
         return super().options() | own
+
+    @property
+    def _by_gradient(self) -> bool:
+        return self.criterion in ("fms", "gradient")

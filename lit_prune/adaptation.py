@@ -144,19 +144,7 @@ def decide(
     Raises:
         UserError: The masks are not finite, or the target is out of reach.
     """
-    ranked = {axis: list(values) for axis, values in ratios.items()}
-    for values in itertools.chain.from_iterable(ranked.values()):
-        if values.isnan().any():
-            raise UserError(
-                "expected finite masks, got NaN; the mask training diverged, lower its learning "
-                "rate"
-            )
-    if stock:
-        ranked = {axis: _same_by_rank(values) for axis, values in ranked.items()}
-    for axis, values in ranked.items():
-        least = max(multiple, 1) if axis == "hidden" else 1
-        ranked[axis] = [value.masked_fill(_top(value, least), math.inf) for value in values]
-
+    ranked = _ranked(ratios, multiple, stock)
     most = float(counted.sparsity(_kept(_above(ranked, math.inf), counted)))
     if threshold == "exact" and most + TOLERANCE < target:
         raise UserError(
@@ -180,6 +168,27 @@ def decide(
         keep["channel"] = _rounded(ranked["channel"], keep["channel"], multiple)
     sparsity = float(counted.sparsity(_kept(keep, counted)))
     return Decision(_layout(keep, counted.widths), sparsity, before)
+
+
+def _ranked(ratios: Units, multiple: int, stock: bool) -> dict[str, list[Tensor]]:
+    """Log alpha, the same by rank in all layers under --stock; infinite for units that must stay.
+
+    Raises:
+        UserError: One is no number.
+    """
+    found = {axis: list(values) for axis, values in ratios.items()}
+    for values in itertools.chain.from_iterable(found.values()):
+        if values.isnan().any():
+            raise UserError(
+                "expected finite masks, got NaN; the mask training diverged, lower its learning "
+                "rate"
+            )
+    if stock:
+        found = {axis: _same_by_rank(values) for axis, values in found.items()}
+    for axis, values in found.items():
+        least = max(multiple, 1) if axis == "hidden" else 1
+        found[axis] = [value.masked_fill(_top(value, least), math.inf) for value in values]
+    return found
 
 
 def _above(ratios: Units, level: float) -> dict[str, list[Tensor]]:

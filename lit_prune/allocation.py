@@ -111,16 +111,12 @@ def uniform(
             sum(layer) for layer in zip(*(rest.sizes() for rest in table[place:]), strict=True)
         ]
         ratios = _ratios(remaining, sizes, shares)
-        if stock:
-            same = min(round(ratios[0] * (axis.units[0] + 1)), axis.units[0])
-            removed[axis.name] = [same] * len(axis.units)
-        else:
-            removed[axis.name] = axis.spread(ratios)
-            if place == len(table) - 1:
-                _settle(axis, removed[axis.name], remaining)
+        removed[axis.name] = _spread(axis, ratios, stock)
         if rest := table[place + 1 :]:
             least = remaining - sum(other.weight(other.units) for other in rest)
             _leave_room(axis, removed[axis.name], least, remaining, together=stock)
+        elif not stock:
+            _settle(axis, removed[axis.name], remaining)
         remaining -= axis.weight(removed[axis.name])
     reached = sparsity - remaining / total
     if abs(reached - sparsity) > TOLERANCE:
@@ -130,6 +126,35 @@ def uniform(
             f"parameters; choose that, or cut more axes"
         )
     return Plan(removed, reached)
+
+
+def _spread(axis: Axis, ratios: Sequence[float], stock: bool) -> list[int]:
+    """How many units of an axis go from each layer: under --stock the same from all."""
+    if not stock:
+        return axis.spread(ratios)
+    return [min(round(ratios[0] * (axis.units[0] + 1)), axis.units[0])] * len(axis.units)
+
+
+def require_reachable(
+    labels: Sequence[Label],
+    widths: Widths,
+    sparsity: float,
+    axes: Sequence[str],
+    protected: Sequence[int] = (),
+) -> None:
+    """Refuse a target that no scores can reach; see `uniform` for the arguments.
+
+    Raises:
+        UserError: An axis or layer is unknown, or the target is out of reach.
+    """
+    check(widths, sparsity, axes, protected)
+    total = count(labels, widths, decoder=True)
+    most = sum(axis.weight(axis.units) for axis in axes_of(labels, widths, axes, protected)) / total
+    if most + TOLERANCE < sparsity:
+        raise UserError(
+            f"expected a sparsity that cutting {' and '.join(axes)} can reach, got {sparsity:g}; "
+            f"the most is {most:.3f} of the decoder's parameters; choose that, or cut more axes"
+        )
 
 
 def _ratios(goal: float, sizes: Sequence[int], shares: Sequence[float] | None) -> list[float]:

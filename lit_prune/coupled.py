@@ -15,7 +15,7 @@ from lit_prune.layerwise import Ranks
 from lit_prune.lora_gradients import LoRA, lora_gradients
 from lit_prune.ranking import Scores
 from lit_prune.scores.coupled import component_scores, head_scores
-from lit_prune.smoothing import Smoothing
+from lit_prune.smoothing import Smoothing, in_order
 from lit_prune.statistics import require_finite
 from lit_prune.structure.layout import Widths
 from lit_prune.structure.model import Structure
@@ -60,7 +60,9 @@ def coupled_scores(
     alone = any(axis != "channel" for axis in axes)
     with unshared(model, structure) if alone else nullcontext(structure) as own:
         slots = _slots(own.widths, axes)
-        table = torch.zeros(len(batches), max(part.stop for part, _ in slots.values()))
+        # not the default dtype, which a bf16-true trainer sets
+        size = max(part.stop for part, _ in slots.values())
+        table = torch.zeros(len(batches), size, dtype=torch.float32, device="cpu")
 
         def fold(batch: int, loss: float, layer: int, weights: Any, gradients: Any) -> None:
             for name, scores in component_scores(weights, gradients, axes).items():
@@ -74,15 +76,25 @@ def coupled_scores(
             reduce = ranks.reduce
             lora_gradients(model, own, batches, fold, lora, reduce=reduce, track=track)
     smoothing.restart()
-    for row in _in_order(table, ranks, next(model.parameters()).device):
+    for row in in_order(table, ranks, next(model.parameters()).device):
         smoothing.update({"components": [row]})
     (joined,) = smoothing.result()["components"]
+    return _by_axis(joined, slots, axes, structure.widths)
+
+
+def _by_axis(
+    joined: Tensor,
+    slots: Mapping[tuple[str, int], tuple[slice, list[int]]],
+    axes: Sequence[str],
+    widths: Widths,
+) -> Scores:
+    """Scores of units from a row of their components'."""
     found: Scores = {axis: [] for axis in axes}
     for (name, layer), (part, shape) in slots.items():
         scores = joined[part].view(shape)
         if name == "head":
             axis = next(axis for axis in axes if axis in _HEADS)
-            groups = structure.widths.layers[layer]["group"]
+            groups = widths.layers[layer]["group"]
             found[axis].append(head_scores(scores, groups, axis))
         else:
             found[name].append(scores)
@@ -104,15 +116,3 @@ def _slots(widths: Widths, axes: Sequence[str]) -> dict[tuple[str, int], tuple[s
         found[key] = (slice(first, first + math.prod(shape)), shape)
         first += math.prod(shape)
     return found
-
-
-def _in_order(table: Tensor, ranks: Ranks, device: torch.device) -> Iterator[Tensor]:
-    """Rows of all processes in the order in which their batches were dealt out, one each."""
-    counts = [int(n) for n in ranks.gather(torch.tensor(len(table), device=device))]
-    padded = table.new_zeros(max(counts), table.shape[1])
-    padded[: len(table)] = table
-    tables = [found.cpu() for found in ranks.gather(padded.to(device))]
-    for turn in range(max(counts)):
-        for found, number in zip(tables, counts, strict=True):
-            if turn < number:
-                yield found[turn]

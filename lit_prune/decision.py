@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from lit_prune.calibrating import Calibration
+from lit_prune.calibrating import Batch, Calibration
 from lit_prune.layerwise import (
     ColumnScore,
     Restoration,
@@ -19,10 +18,11 @@ from lit_prune.layerwise import (
     raise_bias,
     unit_scores,
 )
+from lit_prune.memory import in_halves
 from lit_prune.ranking import Scores
 from lit_prune.sensitivity import loss_rises, shares
 from lit_prune.statistics import InputStatistics
-from lit_prune.structure import Layout, cut
+from lit_prune.structure import Layout, cut, cut_layer
 from lit_prune.structure.layout import LayerUnits
 from lit_prune.structure.norms import NormRescale, energies
 
@@ -34,25 +34,19 @@ def column_scores(calibration: Calibration, score: ColumnScore) -> Scores:
         calibration: The model and its calibration tokens.
         score: Scores columns.
     """
-    structure, found = calibration.structure, {}
-    for axis in calibration.axes:
-        found[axis] = [
-            unit_scores(
-                structure,
-                layer,
-                axis,
-                calibration.reader(layer, axis),
-                calibration.moments[layer, axis],
-                score,
-            )
-            for layer in range(len(structure.widths.layers))
-        ]
+    found: Scores = {axis: [] for axis in calibration.axes}
+    for layer in calibration.layers():
+        for axis in calibration.axes:
+            reader, moments = calibration.reader(layer, axis), calibration.moments[layer, axis]
+            values = unit_scores(calibration.structure, layer, axis, reader, moments, score)
+            found[axis].append(values)
     return found
 
 
 def layer_shares(
     calibration: Calibration,
     score: ColumnScore | Scores,
+    target: float,
     protected: Sequence[int],
     restoration: Restoration,
 ) -> list[float]:
@@ -61,6 +55,7 @@ def layer_shares(
     Args:
         calibration: The model, calibration tokens and windows set aside.
         score: The method's scores.
+        target: Share of the decoder's parameters to remove.
         protected: Layers that stay whole.
         restoration: The method's restoration.
     """
@@ -77,7 +72,7 @@ def layer_shares(
         calibration.model,
         structure,
         calibration.stream(),
-        (calibration.stream(calibration.held), calibration.held),
+        calibration.stream(calibration.held),
         units,
         calibration.axes,
         layers=layers,
@@ -85,7 +80,7 @@ def layer_shares(
         ranks=calibration.ranks,
         track=calibration.track("sensitivity"),
     )
-    given = dict(zip(layers, shares(rises), strict=True))
+    given = dict(zip(layers, shares(rises, target), strict=True))
     return [given.get(layer, 0.0) for layer in range(number)]
 
 
@@ -108,23 +103,35 @@ def agreed(calibration: Calibration, layout: Layout) -> Layout:
     return Layout(layout.of, found.get("hidden"), tuple(layers.values()))
 
 
-def apply(calibration: Calibration, layout: Layout, restoration: Restoration) -> None:
+def apply(
+    calibration: Calibration,
+    layout: Layout,
+    restoration: Restoration,
+    *,
+    dense_means: bool = False,
+) -> None:
     """Cut a model down to a layout, and restore what stays.
 
     Args:
         calibration: The model, which is cut in place, and its calibration tokens.
         layout: What stays.
         restoration: How it is repaired.
+        dense_means: Whether biases make up for means in the dense model; else for those that
+            readers get when the layers before them are cut.
     """
     model, structure = calibration.model, calibration.structure
     dense = calibration.stream() if restoration.kind == "unit_scales" else None
-    if restoration.kind == "bias" and "moments" in vars(calibration):
-        _compensate(calibration, layout)
-        restoration = replace(restoration, kind="none")
+    moments = calibration.moments if dense_means and restoration.kind == "bias" else None
     layout = narrow_stream(calibration, layout)
-    if restoration.kind == "none":
+    if restoration.kind == "none" or moments is not None:
+        units = {unit.source: unit for unit in layout.layers if unit.keep}
         with torch.no_grad():
-            cut(model, structure, layout)
+            for layer in calibration.track("layers", changes=True)(range(len(layout.of.layers))):
+                if layer in units and moments is not None:
+                    _compensate(calibration, units[layer])
+                if layer in units:
+                    cut_layer(model, structure, layer, units[layer].keep)
+            cut(model, structure, Layout(structure.widths.copy(), None, _whole(layout)))
         return
     prune_layers(
         model,
@@ -135,7 +142,7 @@ def apply(calibration: Calibration, layout: Layout, restoration: Restoration) ->
         restoration=restoration,
         dense=dense,
         ranks=calibration.ranks,
-        track=calibration.track("layers"),
+        track=calibration.track("layers", changes=True),
     )
 
 
@@ -157,33 +164,42 @@ def narrow_stream(
     model, structure = calibration.model, calibration.structure
     found = {}
     if norm_rescale == "calibrated":
-        found = energies(model, structure, calibration.batches)
+        found = energies(model, structure, [])
+
+        def add(batch: Batch) -> None:
+            for path, total in energies(model, structure, [batch]).items():
+                found[path] += total
+
+        in_halves(calibration.batches, add)
     found = {path: calibration.ranks.reduce(total) for path, total in found.items()}
-    whole = tuple(LayerUnits(unit.source) for unit in layout.layers)
     with torch.no_grad():
-        cut(model, structure, Layout(layout.of, layout.hidden, whole), norm_rescale, found)
+        hidden = Layout(layout.of, layout.hidden, _whole(layout))
+        cut(model, structure, hidden, norm_rescale, found)
     return Layout(structure.widths.copy(), None, layout.layers)
 
 
-def _compensate(calibration: Calibration, layout: Layout) -> None:
-    """Put what removed columns gave on average in the dense model into biases.
+def _whole(layout: Layout) -> tuple[LayerUnits, ...]:
+    """The layers that stay, nothing cut from them."""
+    return tuple(LayerUnits(unit.source) for unit in layout.layers)
 
-    Layer by layer with dense inputs, as "Fluctuation-based Adaptive Structured Pruning for Large
-    Language Models" does it: nothing pruned is fed forward.
+
+def _compensate(calibration: Calibration, unit: LayerUnits) -> None:
+    """Put what removed columns of a layer gave on average in the dense model into biases.
+
+    With dense inputs, as "Fluctuation-based Adaptive Structured Pruning for Large Language Models"
+    does it: nothing pruned is fed forward.
     """
-    structure = calibration.structure
-    for unit in layout.layers:
-        sizes = structure.widths.sizes(unit.source)
-        readers = {
-            structure.readers(calibration.model, axis, unit.source)[0].path: axis
-            for axis in unit.keep
-        }  # each once, whatever axes of it are cut
-        for axis in readers.values():
-            site = structure.readers(calibration.model, axis, unit.source)[0]
-            reader = calibration.model.get_submodule(site.path)
-            if site.line.reads is None:
-                raise TypeError(f"expected {site.path} to read an axis")
-            weight = matrix_of(reader)
-            gone = ~site.line.reads.mask(sizes, unit.keep).to(weight.device)
-            mean = calibration.moments[unit.source, axis].mean
-            raise_bias(reader, mean_output(weight, mean, gone))
+    model, structure = calibration.model, calibration.structure
+    sizes = structure.widths.sizes(unit.source)
+    readers = {
+        structure.readers(model, axis, unit.source)[0].path: axis for axis in unit.keep
+    }  # each once, whatever axes of it are cut
+    for axis in readers.values():
+        site = structure.readers(model, axis, unit.source)[0]
+        reader = model.get_submodule(site.path)
+        if site.line.reads is None:
+            raise TypeError(f"expected {site.path} to read an axis")
+        weight = matrix_of(reader)
+        gone = ~site.line.reads.mask(sizes, unit.keep).to(weight.device)
+        mean = calibration.moments[unit.source, axis].mean
+        raise_bias(reader, mean_output(weight, mean, gone))

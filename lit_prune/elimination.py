@@ -71,8 +71,8 @@ def plan_course(
     features as a head has entries. Where heads share keys, one head of each of a layer's G groups
     goes at a time (or a whole group): then an iteration takes G times as much of everything; but if
     these are more than an eighth of the heads, one head falls due in each iteration and they go
-    when G are due, while channels and features go as ever. The last iteration is cut short on
-    channels, then on features, to meet the sparsity.
+    when G are due, while channels and features go as ever. Of the last iteration only what meets
+    the sparsity goes: its heads first, then its features, then channels.
 
     Source: "Structured Pruning for Large Language Models Using Coupled Components Elimination and
     Minor Fine-tuning", sections 3.3 and, for shared keys, 4.2.

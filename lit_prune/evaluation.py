@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lit_prune.calibration import evaluating
 from lit_prune.errors import UserError
+from lit_prune.modes import evaluating
 from lit_prune.progress import track
 
 IGNORED = -100

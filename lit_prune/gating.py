@@ -114,7 +114,6 @@ class _Norm:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         keep = self.gates.keep(("hidden", None))
-        share = keep / keep.sum()
         if not isinstance(module, nn.LayerNorm):
             return output * keep.mean().sqrt().to(output.dtype)
         share = keep / keep.sum()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_prune.calibration import evaluating
 from lit_prune.distillation import cross_entropy
 from lit_prune.errors import UserError
+from lit_prune.modes import evaluating
 from lit_prune.structure.coupling import names_of, parts, view
 from lit_prune.structure.model import Structure
 
@@ -28,7 +28,6 @@ def weight_gradients(
     batches: Sequence[Mapping[str, Tensor]],
     fold: Fold,
     *,
-    layers: Sequence[int] | None = None,
     track: Callable[[Any], Iterator[Any]] = iter,
 ) -> None:
     """Back-propagate the mean next-token loss of each batch to the weights that units own.
@@ -41,14 +40,13 @@ def weight_gradients(
         structure: Its structure.
         batches: `input_ids`, `attention_mask` and `labels`, [batch, tokens].
         fold: Takes what there is; it must not keep the gradients themselves.
-        layers: Only these layers' weights; all by default.
         track: Wraps the batches in a progress bar.
 
     Raises:
         UserError: A loss is not finite.
     """
-    chosen = range(len(structure.widths.layers)) if layers is None else layers
-    names = {layer: names_of(model, structure, layer) for layer in chosen}
+    layers = range(len(structure.widths.layers))
+    names = {layer: names_of(model, structure, layer) for layer in layers}
     wanted = [name for layer in names.values() for name in layer]
     state: dict[str, Any] = {}
     with differentiating(model, wanted), ExitStack() as stack:
@@ -178,6 +176,37 @@ def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         use_cache=False,
     )
     return cross_entropy(output.logits, labels_of(batch).to(device))
+
+
+def mean_loss(
+    terms: Iterable[Tensor],
+    device: torch.device,
+    reduce: Callable[[Tensor], Tensor],
+) -> float:
+    """Mean next-token cross-entropy over the tokens of all processes, in nats.
+
+    Args:
+        terms: Of each batch what `loss_and_tokens` gives.
+        device: Where to sum up.
+        reduce: Sums a tensor over processes.
+    """
+    total = torch.zeros(2, dtype=torch.float32, device=device)
+    for term in terms:
+        total += term.to(device)
+    total = reduce(total)
+    return float(total[0] / total[1])
+
+
+def loss_and_tokens(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Sum of a batch's next-token cross-entropy and number of predicted tokens, [2].
+
+    Args:
+        logits: [batch, tokens, vocabulary].
+        batch: The batch that they are of.
+    """
+    labels = labels_of(batch).to(logits.device)
+    tokens = (labels[:, 1:] != -100).sum()
+    return torch.stack([cross_entropy(logits, labels) * tokens, tokens.float()])
 
 
 def labels_of(batch: Mapping[str, Tensor]) -> Tensor:

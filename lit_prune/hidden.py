@@ -30,10 +30,14 @@ class HiddenStates:
     def _record(self, number: int, layer: nn.Module, args: Any, output: Any) -> None:
         self._states[number] = output[0] if isinstance(output, tuple) else output
 
-    def take(self) -> list[Tensor]:
-        """The outputs [batch, tokens, hidden] of the layers; nothing is recorded any more."""
+    def close(self) -> None:
+        """Record nothing any more."""
         for handle in self._handles:
             handle.remove()
+
+    def take(self) -> list[Tensor]:
+        """The outputs [batch, tokens, hidden] of the layers; nothing is recorded any more."""
+        self.close()
         return [self._states[number] for number in range(len(self._handles))]
 
 

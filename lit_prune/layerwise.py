@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.allocation import Plan, keep_highest
-from lit_prune.calibration import Stream, evaluating
+from lit_prune.calibration import Stream
+from lit_prune.modes import evaluating
 from lit_prune.restoration import least_squares
 from lit_prune.statistics import InputStatistics, require_finite
 from lit_prune.structure.biases import add_bias
@@ -19,7 +20,9 @@ from lit_prune.structure.cut import cut_layer
 from lit_prune.structure.layout import Layout
 from lit_prune.structure.model import Site, Structure
 from lit_prune.tuning import DenseTargets
+from lit_prune.wholeness import changing
 
+Ridge = Literal["weights", "zero"]
 Repair = Literal["none", "least_squares", "bias", "unit_scales"]
 #: Scores the columns of a matrix [outputs, inputs] from statistics of its inputs: [inputs].
 ColumnScore = Callable[[Tensor, InputStatistics], Tensor]
@@ -40,7 +43,7 @@ class Restoration:
     """
 
     kind: Repair = "least_squares"
-    ridge: Literal["weights", "zero"] = "weights"
+    ridge: Ridge = "weights"
     delta: float = 1e-3
 
 
@@ -115,45 +118,6 @@ def unit_scores(
     return dim.reduce(values.cpu(), axis, structure.widths.sizes(layer))
 
 
-def dense_statistics(
-    model: nn.Module,
-    structure: Structure,
-    stream: Stream,
-    axes: Sequence[str],
-    *,
-    ranks: Ranks,
-    track: Callable[[range], Iterator[int]] = iter,
-) -> dict[tuple[int, str], InputStatistics]:
-    """Mean and variance of the inputs of every reader of some axes, nothing being cut.
-
-    Args:
-        model: The model.
-        structure: Its structure.
-        stream: Calibration tokens before the first layer; afterwards it is behind the last.
-        axes: Axes of the layers.
-        ranks: What processes share.
-        track: Wraps the layers' range in a progress bar.
-
-    Returns:
-        (layer, axis) -> statistics; axes with a reader in common share them.
-    """
-    found: dict[tuple[int, str], InputStatistics] = {}
-    with evaluating(model), torch.no_grad():
-        for layer in track(range(len(structure.widths.layers))):
-            paths: dict[str, InputStatistics] = {}
-            readers = {axis: structure.readers(model, axis, layer)[0].path for axis in axes}
-            for axis, path in readers.items():
-                if path not in paths:
-                    reader = model.get_submodule(path)
-                    paths[path] = InputStatistics(inputs_of(reader), device_of(reader))
-                found[layer, axis] = paths[path]
-            seen = {model.get_submodule(path): s.add for path, s in paths.items()}
-            stream.advance(layer, inputs=seen)
-            for statistics in paths.values():
-                statistics.reduce(ranks.reduce)
-    return found
-
-
 def prune_layers(
     model: nn.Module,
     structure: Structure,
@@ -168,7 +132,8 @@ def prune_layers(
 ) -> Layout:
     """Prune a model in place, layer by layer; each layer sees the pruned one before it.
 
-    At no time is there more than one Gram matrix in memory beside the stream (see `Stream`).
+    Beside the stream (see `Stream`) there is one Gram matrix in memory at a time. Unit scales take
+    more: the dense stream, a layer's outputs, and three matrices of that size or less.
 
     Source: "FASP: Fast and Accurate Structured Pruning of Large Language Models", section 3.
 
@@ -187,7 +152,9 @@ def prune_layers(
         The kept units, in the numbering of the model as it came.
 
     Raises:
-        UserError: The calibration activations or the weights that read them are not finite.
+        UserError: Activations, weights that read them or what repairs these are not finite, or
+            memory is too small for one window. The model may be half cut then; it is marked so,
+            and can't be exported.
     """
     restoration, ranks = restoration or Restoration(), ranks or Ranks()
     targets = None
@@ -197,7 +164,7 @@ def prune_layers(
         targets = DenseTargets(model, structure, dense, ranks.reduce)
     walk = _Walk(model, structure, stream, choice, restoration, ranks, targets)
     layout = Layout.full(structure.widths)
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), changing(model):
         for layer in track(range(len(structure.widths.layers))):
             keep = walk.layer(layer, [axis for axis in ORDER if axis in axes])
             layout = layout.replace_layer(layer, keep)
@@ -268,12 +235,17 @@ class _Walk:
                 columns,
                 ridge=self.restoration.ridge,
                 delta=self.restoration.delta,
+                place=site.path,
             )
         elif kind == "bias":
             offset = mean_output(matrix_of(reader), statistics.mean, ~stays)
         elif kind == "unit_scales" and self.targets is not None:
             heads = site.line.reads.coordinates(sizes)
             restored = self.targets.scaled(matrix_of(reader), columns, heads, statistics.gram)
+        for found in (restored, offset):
+            if found is not None:  # as the weights will have it: float16 ends at 65,504
+                kept = found.to(matrix_of(reader).dtype)
+                require_finite(kept, "restored weights", f"in {site.path}")
         cut_layer(self.model, self.structure, site.layer, keep)
         if restored is not None:
             matrix_of(reader).copy_(restored)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from lit_prune.adaptation import Decision, Threshold, decide
 from lit_prune.bottleneck import Gates, Objective
-from lit_prune.distillation import cross_entropy
 from lit_prune.errors import UserError, require_one_of
 from lit_prune.folding import check_fold, fold
 from lit_prune.gating import GatedNorms, attach
-from lit_prune.gradients import labels_of
+from lit_prune.gradients import loss_and_tokens, mean_loss
 from lit_prune.layerwise import Ranks
+from lit_prune.memory import in_halves
+from lit_prune.recomputation import without_dropout
 from lit_prune.structure.layout import Layout
 from lit_prune.structure.model import Structure
 
@@ -72,7 +73,7 @@ class MaskTraining:
     """A model whose weights are frozen while the masks on it are trained.
 
     Attributes:
-        model: The model, in eval mode.
+        model: The model.
         structure: Its structure.
         gates: The masks.
         objective: What is added to the task's loss.
@@ -93,10 +94,15 @@ class MaskTraining:
     def __post_init__(self) -> None:
         if self.adaptation.weight_update and "hidden" in self.gates.axes:
             check_fold(self.model, self.structure)
-        self.decide()  # which masks at their start are as good for as any others
+        self.settle()  # which masks at their start are as good for as any others
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self.model.requires_grad_(False)
         self._hooks = attach(self.gates, self.model, self.structure, norm_rescale=self.norm_rescale)
+
+    def quieten(self) -> None:
+        """Leave the masks' noise the only one: the model drops nothing until `close`."""
+        layers = self.structure.layers(self.model)
+        self._hooks.enter_context(without_dropout(self.model, layers))
 
     def close(self) -> None:
         """Take the gates off the model, and let its weights be trained again."""
@@ -115,6 +121,21 @@ class MaskTraining:
             multiple=self.adaptation.multiple,
             stock=self.adaptation.stock,
         )
+
+    def settle(self) -> Decision:
+        """The same, for good.
+
+        Raises:
+            UserError: An exact target is missed by more than half, since units are coarse.
+        """
+        found, target = self.decide(), self.objective.target
+        if self.adaptation.threshold == "exact" and found.sparsity < target / 2:
+            raise UserError(
+                f"expected a sparsity that cutting {' and '.join(self.gates.axes)} in multiples of "
+                f"{max(self.adaptation.multiple, 1)} can reach, got {target:g}, of which "
+                f"{found.sparsity:.3f} would go; choose a smaller multiple or another sparsity"
+            )
+        return found
 
     def fold(self, layout: Layout) -> None:
         """Update the weights of what stays by the masks' means, if that is wanted."""
@@ -140,12 +161,12 @@ class MaskTraining:
             The loss of that model, in nats per token.
         """
         with self.gates.holding(self.decide().layout, weighted=self.adaptation.weight_update):
-            loss = mean_loss(self.model, batches, ranks)
+            loss = loss_on(self.model, batches, ranks)
         self.gates.remember(loss)
         return loss
 
 
-def mean_loss(model: Any, batches: Sequence[Mapping[str, Tensor]], ranks: Ranks) -> float:
+def loss_on(model: Any, batches: Sequence[Mapping[str, Tensor]], ranks: Ranks) -> float:
     """Mean next-token cross-entropy over the tokens of all processes, in nats.
 
     Args:
@@ -153,12 +174,13 @@ def mean_loss(model: Any, batches: Sequence[Mapping[str, Tensor]], ranks: Ranks)
         batches: `input_ids`, `attention_mask` and mostly `labels`, [batch, tokens].
         ranks: What processes share.
     """
-    total = torch.zeros(2, dtype=torch.float32, device=next(model.parameters()).device)
-    for batch in batches:
-        inputs = {name: batch[name].to(total.device) for name in ("input_ids", "attention_mask")}
-        labels = labels_of(batch).to(total.device)
-        loss = cross_entropy(model(**inputs, use_cache=False).logits, labels)
-        tokens = (labels[:, 1:] != -100).sum()
-        total += torch.stack([loss * tokens, tokens.float()])
-    total = ranks.reduce(total)
-    return float(total[0] / total[1])
+    device = next(model.parameters()).device
+
+    terms: list[Tensor] = []
+
+    def run(batch: Mapping[str, Tensor]) -> None:
+        inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        terms.append(loss_and_tokens(model(**inputs, use_cache=False).logits, batch))
+
+    in_halves(batches, run)
+    return mean_loss(terms, device, ranks.reduce)

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Trainer
 
 from lit_prune import decision
-from lit_prune.allocation import Plan, uniform
-from lit_prune.calibrating import Calibration, draw_batches
+from lit_prune.calibrating import (
+    Calibration,
+    draw_batches,
+    require_turns,
+    with_smaller_batches,
+)
 from lit_prune.cutting import CuttingCallback, sizes_of
-from lit_prune.errors import UserError, require_one_of
-from lit_prune.layerwise import ColumnScore, Repair, Restoration, by_columns, prune_layers
-from lit_prune.module import PrunableLM
-from lit_prune.ranking import Scores, aligned, kept_units, ranked
+from lit_prune.layerwise import ColumnScore, Repair, Restoration, Ridge, by_columns, prune_layers
+from lit_prune.options import (
+    Allocation,
+    AxisName,
+    RelativeTo,
+    check_model,
+    check_options,
+    reported,
+)
+from lit_prune.planning import check_target, planned, planned_by
+from lit_prune.prunable import Prunable
+from lit_prune.ranking import Scores, kept_units
 from lit_prune.ranks import ranks_of
+from lit_prune.smoothing import batch_by_batch
 from lit_prune.structure import Layout
-from lit_prune.structure.limits import require_axes, require_stock
-
-AxisName = Literal["channel", "group", "query", "value", "hidden"]
-Allocation = Literal["uniform", "global", "sensitivity"]
 
 #: Windows set aside for the `sensitivity` allocation, one for every so many calibration windows.
 _HELD_SHARE = 4
@@ -56,6 +66,8 @@ class PruningCallback(CuttingCallback):
         every: Optimizer steps between cuts; 0 makes them one after the other.
         ridge: What least squares shrinks towards: the kept ``weights``, or ``zero``.
         delta: Its ridge in units of the mean diagonal of the Gram matrix.
+        smoothing: Score batch by batch, and multiply importance by its uncertainty over batches
+            (see `lit_prune.smoothing.Smoothing`), instead of one score of all batches.
         seed: Seed of whatever a method draws.
     """
 
@@ -64,6 +76,12 @@ class PruningCallback(CuttingCallback):
     known_axes: ClassVar[tuple[str, ...]] = ("channel", "group", "query", "value")
     #: Whether a layer's scores are taken after the layers before it were cut.
     layerwise = False
+    #: Whether `score` looks at a layer's weights only while `Calibration.layers` is at it.
+    by_layer = False
+    #: What `score` takes: ``batches``, also a single one; the ``data`` as a whole; or ``nothing``.
+    looks_at: ClassVar[Literal["batches", "data", "nothing"]] = "batches"
+    #: Whether the ``bias`` restoration takes means of the dense model, not of the pruned one.
+    dense_means: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -76,50 +94,24 @@ class PruningCallback(CuttingCallback):
         batch_size: int = 4,
         protected_layers: Sequence[int] = (),
         per_layer_ratio: float | None = None,
-        relative_to: Literal["decoder", "total"] = "decoder",
+        relative_to: RelativeTo = "decoder",
         multiple: int = 0,
         start: int = 0,
         iterations: int = 1,
         every: int = 0,
-        ridge: Literal["weights", "zero"] = "weights",
+        ridge: Ridge = "weights",
         delta: float = 1e-3,
+        smoothing: bool = False,
         seed: int = 0,
     ) -> None:
-        ratio = sparsity if per_layer_ratio is None else per_layer_ratio
-        if not 0 <= ratio < 1:
-            raise UserError(f"expected a sparsity from 0 to below 1, got {ratio:g}")
-        if not delta > 0:
-            raise UserError(f"expected a delta above 0, got {delta:g}")
-        require_one_of(allocation, Allocation)
-        require_one_of(restoration, Repair)
-        least = {"multiple": 0, "seed": 0, "samples": 1, "length": 2, "batch_size": 1}
-        given = (multiple, seed, samples, length, batch_size)
-        for (name, bound), value in zip(least.items(), given, strict=True):
-            if value < bound:
-                raise UserError(f"expected {name} of at least {bound}, got {value}")
-        unknown = [axis for axis in axes if axis not in self.known_axes]
-        if unknown or not axes:
-            raise UserError(
-                f"expected axes out of {', '.join(self.known_axes)} for {self.method}, got "
-                f"{unknown[0] if unknown else 'none'}; choose among those"
-            )
         super().__init__(start, iterations, every)
         self.sparsity, self.axes, self.allocation = sparsity, tuple(axes), allocation
         self.samples, self.length, self.batch_size = samples, length, batch_size
         self.protected_layers, self.per_layer_ratio = list(protected_layers), per_layer_ratio
         self.relative_to, self.multiple, self.seed = relative_to, multiple, seed
-        if allocation == "sensitivity" and samples % batch_size:
-            raise UserError(
-                "expected whole batches for the sensitivity allocation, which sets some aside, got "
-                f"{samples} samples in batches of {batch_size}; make samples a multiple of it"
-            )
         self.restoration = Restoration(restoration, ridge, delta)
-        if restoration == "unit_scales" and "hidden" in self.axes:
-            raise UserError(
-                "expected another restoration where hidden is cut, got unit_scales, which compares "
-                "with the dense stream; choose least_squares or none"
-            )
-        self.stock = False
+        self.smoothing, self.stock = smoothing, False
+        check_options(self)
 
     # --- what a method is ----------------------------------------------------------------------
 
@@ -146,20 +138,11 @@ class PruningCallback(CuttingCallback):
             scores: What `score` gave.
             target: Share of the present decoder's parameters to remove.
         """
-        structure = calibration.structure
-        if self.allocation != "global":
-            plan = self.plan(calibration, target, self._shares(calibration, scores))
+        if self.allocation == "global":
+            plan = planned_by(self, calibration, scores, target)
         else:
-            plan = ranked(
-                scores,
-                calibration.labels,
-                structure.widths,
-                target,
-                self.axes,
-                protected=self.protected_layers,
-            )
-            plan = aligned(plan, calibration.labels, structure.widths, self.multiple)
-        return kept_units(plan, scores, structure.widths)
+            plan = planned(self, calibration, target, self._shares(calibration, scores, target))
+        return kept_units(plan, scores, calibration.structure.widths)
 
     def apply(self, calibration: Calibration, layout: Layout) -> None:
         """Cut the model down to what stays, and restore it.
@@ -168,59 +151,65 @@ class PruningCallback(CuttingCallback):
             calibration: The model and its calibration tokens.
             layout: What stays.
         """
-        decision.apply(calibration, layout, self.restoration)
+        decision.apply(calibration, layout, self.restoration, dense_means=self.dense_means)
 
     def options(self) -> dict[str, Any]:
         """What the method was asked for, as plain types, for reports."""
-        found = {
-            "axes": list(self.axes),
-            "allocation": self.allocation,
-            "restoration": self.restoration.kind,
-            "calibration": f"{self.samples} x {self.length} tokens",
-            "protected_layers": self.protected_layers,
-        }
-        if self.restoration.kind == "least_squares":
-            found |= {"ridge": self.restoration.ridge, "delta": self.restoration.delta}
-        if self.multiple:
-            found["multiple"] = self.multiple
-        return found | super().options()
+        return reported(self) | super().options()
 
-    def prepare(self, trainer: Trainer, pl_module: PrunableLM) -> None:
+    @classmethod
+    def instead_of_sparsity(cls, options: Mapping[str, Any]) -> str | None:
+        """The option that says how much goes in the place of `sparsity`, if one does.
+
+        Args:
+            options: Arguments for a callback, by name.
+        """
+        return None if options.get("per_layer_ratio") is None else "per_layer_ratio"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether anything looks at calibration tokens."""
+        repaired, tried = self.restoration.kind != "none", self.allocation == "sensitivity"
+        return self.looks_at != "nothing" or repaired or tried
+
+    @property
+    def scores_while_cutting(self) -> bool:
+        """Whether each layer is scored when those before it were cut."""
+        return self.layerwise and self.columns is not None and self.allocation != "global"
+
+    def prepare(self, trainer: Trainer, pl_module: Prunable) -> None:
         """Check what was asked before anything is done, and get ready."""
-        structure, model_type = pl_module.structure, pl_module.model.config.model_type
-        require_axes(model_type, structure.axes(), self.axes)
-        if pl_module.stock:
-            require_stock(model_type, structure.family, structure.widths, self.axes)
-        if pl_module.stock and "hidden" in self.axes:
-            raise UserError(
-                "expected axes under --stock that any config can express, got 'hidden', whose size "
-                "must often suit the number of heads; leave out --stock or the axis"
-            )
-        if pl_module.stock and self.allocation != "uniform":
-            raise UserError(
-                "expected the uniform allocation under --stock, since one config number holds the "
-                f"width of all layers, got {self.allocation}; leave out one of the two"
-            )
+        check_model(self, pl_module)
         self.stock = pl_module.stock
-        calibration = Calibration(pl_module.model, pl_module.structure, [], self.axes)
         if "hidden" not in self.axes:
-            self.plan(calibration, self.target(pl_module, self.iterations))
+            last = self.iterations - 1
+            model = Calibration(pl_module.model, pl_module.structure, [], self.axes, iteration=last)
+            check_target(self, model, self.target(pl_module, self.iterations))
+        if self.needs_data:
+            require_turns(trainer, self.iterations)
+            if self.start:  # a mistake in the data shall not come to light after training
+                self.draw(trainer)
 
-    def target(self, pl_module: PrunableLM, iteration: int | None = None) -> float:
+    def goal(self, pl_module: Prunable) -> float:
+        """Share of the decoder's original parameters to remove by the last cut."""
+        if self.per_layer_ratio is not None:
+            number = len(pl_module.structure.widths.layers)
+            return self.per_layer_ratio * (number - len(self.protected_layers)) / number
+        if self.relative_to == "total":
+            return self.sparsity * self.original["total"] / self.original["decoder"]
+        return self.sparsity
+
+    def target(self, pl_module: Prunable, iteration: int | None = None) -> float:
         """Share of the present decoder's parameters to remove by the end of a cut.
 
         Args:
             pl_module: The module.
             iteration: The cut, from 1; the next one by default.
         """
-        sparsity, present = self.sparsity, sizes_of(pl_module)["decoder"]
-        if self.per_layer_ratio is not None:
-            number = len(pl_module.structure.widths.layers)
-            sparsity = self.per_layer_ratio * (number - len(self.protected_layers)) / number
         part = (iteration or self.iteration + 1) / self.iterations
-        goal = sparsity * self.original[self.relative_to] * part
+        goal = self.goal(pl_module) * self.original["decoder"] * part
         left = self.original["decoder"] - goal
-        return min(max(1 - left / present, 0.0), 1 - 1e-9)
+        return min(max(1 - left / sizes_of(pl_module)["decoder"], 0.0), 1 - 1e-9)
 
     def cut(self, trainer: Trainer, pl_module: Any, drawn: list[Any]) -> Layout:
         """Prune once."""
@@ -250,12 +239,13 @@ class PruningCallback(CuttingCallback):
         Returns:
             What stays, in the numbering of the model before.
         """
-        if self.columns is None or not self.layerwise or self.allocation == "global":
-            scores = self.score(calibration)
+        if self.columns is None or not self.scores_while_cutting:
+            score = partial(batch_by_batch, score=self.score) if self.smoothing else self.score
+            scores, calibration = with_smaller_batches(calibration, score)
             layout = decision.agreed(calibration, self.decide(calibration, scores, target))
             self.apply(calibration, layout)
             return layout
-        plan = self.plan(calibration, target, self._shares(calibration, self.columns))
+        plan = planned(self, calibration, target, self._shares(calibration, self.columns, target))
         return prune_layers(
             calibration.model,
             calibration.structure,
@@ -265,35 +255,16 @@ class PruningCallback(CuttingCallback):
             restoration=self.restoration,
             dense=calibration.stream() if self.restoration.kind == "unit_scales" else None,
             ranks=calibration.ranks,
-            track=calibration.track("layers"),
+            track=calibration.track("layers", changes=True),
         )
 
-    def plan(
-        self, calibration: Calibration, target: float, shares: Sequence[float] | None = None
-    ) -> Plan:
-        """How many units go from each layer where scores do not decide that.
-
-        Args:
-            calibration: The model.
-            target: Share of the present decoder's parameters to remove.
-            shares: What each layer gives relative to the others.
-        """
-        widths = calibration.structure.widths
-        plan = uniform(
-            calibration.labels,
-            widths,
-            target,
-            self.axes,
-            protected=self.protected_layers,
-            stock=self.stock,
-            shares=shares,
-        )
-        return aligned(plan, calibration.labels, widths, self.multiple, same=self.stock)
-
-    def _shares(self, calibration: Calibration, scores: Scores | ColumnScore) -> list[float] | None:
+    def _shares(
+        self, calibration: Calibration, scores: Scores | ColumnScore, target: float
+    ) -> list[float] | None:
         if self.allocation != "sensitivity":
             return None
-        return decision.layer_shares(calibration, scores, self.protected_layers, self.restoration)
+        whole, how = self.protected_layers, self.restoration
+        return decision.layer_shares(calibration, scores, target, whole, how)
 
     def _held(self) -> int:
         """Batches set aside."""
@@ -306,5 +277,7 @@ class PruningCallback(CuttingCallback):
         Raises:
             UserError: The data module has none, or too few.
         """
+        if not self.needs_data:
+            return []
         samples = self.samples + self._held() * self.batch_size
         return draw_batches(trainer, samples, self.length, self.batch_size, self.iteration)

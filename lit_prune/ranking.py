@@ -26,7 +26,6 @@ def ranked(
     axes: Sequence[str],
     *,
     protected: Sequence[int] = (),
-    per_parameter: bool = False,
 ) -> Plan:
     """Remove the lowest scores of the whole model until a target is met.
 
@@ -43,7 +42,6 @@ def ranked(
         sparsity: Share of the decoder's parameters to remove, in [0, 1).
         axes: What may be cut.
         protected: Layers that stay whole.
-        per_parameter: Rank by score per parameter that goes, instead of by score.
 
     Raises:
         UserError: An axis or layer is unknown, a score is not finite, or the target is out of
@@ -54,9 +52,8 @@ def ranked(
     total = count(labels, widths, decoder=True)
     values, owners = [], []
     for axis in table:
-        for layer, (units, cost) in enumerate(zip(axis.units, axis.costs, strict=True)):
-            steps = _steps(scores[axis.name][layer], axis.name, layer)[:units]
-            values.append(steps / cost if per_parameter else steps)
+        for layer, units in enumerate(axis.units):
+            values.append(_steps(scores[axis.name][layer], axis.name, layer)[:units])
             owners += [(axis, layer)] * units
     removed = {axis.name: [0] * len(widths.layers) for axis in table}
     goal, gone, passed = sparsity * total, 0, set()
@@ -127,6 +124,27 @@ def aligned(
             layer[axis] -= number
     total = count(labels, widths, decoder=True)
     return Plan(everything, 1 - count(labels, left, decoder=True) / total)
+
+
+def require_near(plan: Plan, found: Plan, multiple: int, gone: float = 0.0) -> None:
+    """Refuse widths in multiples that undo most of a plan.
+
+    Args:
+        plan: The plan.
+        found: What `aligned` made of it.
+        multiple: Of which the widths are one.
+        gone: Share of the decoder's parameters that went before; the plans are of what is left.
+
+    Raises:
+        UserError: Less than half of what shall be gone would be gone.
+    """
+    wanted, reached = (1 - (1 - gone) * (1 - each.sparsity) for each in (plan, found))
+    if wanted > 0 and reached < wanted / 2:
+        raise UserError(
+            f"expected a multiple that widths can be rounded to, got {multiple}, with which "
+            f"{reached:.3f} of the decoder's parameters would go instead of {wanted:.3f}; choose a "
+            "smaller multiple or a higher sparsity"
+        )
 
 
 def kept_units(plan: Plan, scores: Mapping[str, Sequence[Tensor]], widths: Widths) -> Layout:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.allocation import keep_highest
-from lit_prune.calibration import Stream, evaluating
-from lit_prune.distillation import cross_entropy
+from lit_prune.calibration import Stream
 from lit_prune.errors import UserError
-from lit_prune.gradients import labels_of
+from lit_prune.gradients import loss_and_tokens, mean_loss
 from lit_prune.layerwise import ORDER, Ranks, Restoration, device_of, inputs_of, matrix_of
+from lit_prune.modes import evaluating
 from lit_prune.restoration import least_squares
 from lit_prune.statistics import InputStatistics
 from lit_prune.structure.model import Structure
 
 #: The share of a layer's units that is taken away to see what they are worth.
 TRIAL = 0.6
+#: A target above this is a high one.
+_HIGH = 0.35
 
 #: Scores the units of an axis of a layer, given their reader and its inputs.
 UnitScore = Callable[[int, str, nn.Module, InputStatistics], Tensor]
@@ -30,7 +32,7 @@ def loss_rises(
     model: nn.Module,
     structure: Structure,
     stream: Stream,
-    held: tuple[Stream, Sequence[Mapping[str, Tensor]]],
+    held: Stream,
     score: UnitScore,
     axes: Sequence[str],
     *,
@@ -45,8 +47,7 @@ def loss_rises(
         model: The model; it is as before afterwards.
         structure: Its structure.
         stream: Calibration tokens before the first layer.
-        held: Windows set aside for the loss, in a stream of their own before the first layer, and
-            as batches.
+        held: Windows set aside for the loss, in a stream of their own before the first layer.
         score: Ranks a layer's units.
         axes: Axes of the layers that are cut, by `TRIAL` of their units each.
         layers: The layers to try.
@@ -65,19 +66,21 @@ def loss_rises(
                 with _without(model, structure, stream, layer, score, axes, restoration, ranks):
                     rises.append(_loss(model, layer, held, ranks) - dense)
             stream.advance(layer)
-            held[0].advance(layer)
+            held.advance(layer)
     return rises
 
 
-def shares(rises: Sequence[float], power: float = 0.5) -> list[float]:
-    """What each layer can give: s^-power, s being its loss rise.
+def shares(rises: Sequence[float], target: float) -> list[float]:
+    """What each layer can give: s^-½ of its loss rise s, or s^-¼ at high targets.
+
+    Where much goes, every layer must give a lot, and the flatter share was the better one.
 
     A rise below 5 % of the median magnitude counts as that, so that noise does not empty a layer;
     a loss that falls counts so, too.
 
     Args:
         rises: Loss rise of each layer.
-        power: How much the differences count.
+        target: Share of the decoder's parameters to remove.
 
     Raises:
         UserError: A rise is not finite.
@@ -89,6 +92,7 @@ def shares(rises: Sequence[float], power: float = 0.5) -> list[float]:
             "or use --model.dtype float32"
         )
     least = 0.05 * middle or 1.0
+    power = 0.25 if target > _HIGH else 0.5
     return [max(rise, least) ** -power for rise in rises]
 
 
@@ -125,7 +129,9 @@ def _without(
             new = matrix[:, columns]
             if seen.gram is not None:
                 ridge, delta = restoration.ridge, restoration.delta
-                new = least_squares(matrix, seen.gram.matrix, columns, ridge=ridge, delta=delta)
+                new = least_squares(
+                    matrix, seen.gram.matrix, columns, ridge=ridge, delta=delta, place=site.path
+                )
             matrix.zero_()
             matrix[:, columns] = new.to(matrix.dtype)
         yield
@@ -137,16 +143,15 @@ def _without(
 def _loss(
     model: nn.Module,
     layer: int,
-    held: tuple[Stream, Sequence[Mapping[str, Tensor]]],
+    held: Stream,
     ranks: Ranks,
 ) -> float:
     """Mean loss of the windows set aside, from a layer on."""
-    stream, batches = held
-    total = torch.zeros(2, dtype=torch.float32, device=next(model.parameters()).device)
-    for number, batch in enumerate(batches):
-        labels = labels_of(batch).to(total.device)
-        logits = stream.finish(model, layer, batch, number).logits
-        tokens = (labels[:, 1:] != -100).sum()
-        total += torch.stack([cross_entropy(logits, labels) * tokens, tokens.float()])
-    total = ranks.reduce(total)
-    return float(total[0] / total[1])
+    terms: list[Tensor] = []
+
+    def run(number: int) -> None:
+        logits = held.finish(model, layer, number).logits
+        terms.append(loss_and_tokens(logits, held.batches[number]))
+
+    held.each(run)
+    return mean_loss(terms, next(model.parameters()).device, ranks.reduce)

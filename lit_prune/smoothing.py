@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from lit_prune.calibrating import Calibration
 from lit_prune.errors import UserError
-
-Scores = dict[str, list[Tensor]]
+from lit_prune.layerwise import Ranks
+from lit_prune.ranking import Scores
+from lit_prune.structure.dims import PER_GROUP
 
 
 class Smoothing:
@@ -87,3 +91,64 @@ class Smoothing:
 
 def _zeros(like: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def batch_by_batch(calibration: Calibration, score: Callable[[Calibration], Scores]) -> Scores:
+    """Score each batch alone, and smooth over the batches of all processes.
+
+    Args:
+        calibration: The model and its calibration tokens.
+        score: Called with one batch, as if there were one process.
+    """
+    slots = _slots(calibration)
+    entries = sum(math.prod(shape) for *_, shape in slots)
+    # not the defaults, which a trainer sets
+    table = torch.zeros(len(calibration.batches), entries, dtype=torch.float32, device="cpu")
+    numbers = range(len(calibration.batches))
+    for number in calibration.track("batches")(numbers):
+        batch = [calibration.batches[number]]
+        alone = replace(calibration, batches=batch, held=(), ranks=Ranks(), shown=False)
+        found = score(alone)
+        row = [found[axis][layer].flatten().cpu() for axis, layer, _ in slots]
+        table[number] = torch.cat(row)
+    smoothing = Smoothing()
+    device = next(calibration.model.parameters()).device
+    for row in in_order(table, calibration.ranks, device):
+        smoothing.update({"units": [row]})
+    (joined,) = smoothing.result()["units"]
+    scores: Scores = {axis: [] for axis in calibration.axes}
+    parts = joined.split([math.prod(shape) for *_, shape in slots])
+    for (axis, _, shape), part in zip(slots, parts, strict=True):
+        scores[axis].append(part.view(shape))
+    return scores
+
+
+def _slots(calibration: Calibration) -> list[tuple[str, int, tuple[int, ...]]]:
+    """Axis, layer and shape of each tensor of scores; a process without batches knows them, too."""
+    widths, found = calibration.structure.widths, []
+    for axis in calibration.axes:
+        if axis == "hidden":
+            found.append((axis, 0, (widths.shared[axis],)))
+            continue
+        for layer, sizes in enumerate(widths.layers):
+            shape = (sizes["group"], sizes[axis]) if axis in PER_GROUP else (sizes[axis],)
+            found.append((axis, layer, shape))
+    return found
+
+
+def in_order(table: Tensor, ranks: Ranks, device: torch.device) -> Iterator[Tensor]:
+    """Rows of all processes in the order in which their batches were dealt out, one each.
+
+    Args:
+        table: This process' rows, [batches, entries], on the CPU.
+        ranks: What processes share.
+        device: Where they share it.
+    """
+    counts = [int(n) for n in ranks.gather(torch.tensor(len(table), device=device))]
+    padded = table.new_zeros(max(counts), table.shape[1])
+    padded[: len(table)] = table
+    tables = [found.cpu() for found in ranks.gather(padded.to(device))]
+    for turn in range(max(counts)):
+        for found, number in zip(tables, counts, strict=True):
+            if turn < number:
+                yield found[turn]

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lit_prune.calibration import evaluating
 from lit_prune.errors import UserError
 from lit_prune.evaluation import token_nll
 from lit_prune.gradients import labels_of
+from lit_prune.modes import evaluating
 from lit_prune.scores.random import generator_for
 from lit_prune.structure.dims import PER_GROUP
 from lit_prune.structure.model import Site, Structure
@@ -59,8 +59,11 @@ def windows(
         Windows [1, tokens], each with its number in the whole set.
     """
     found: list[tuple[int, Batch]] = []
+    seen = 0
     for place, batch in enumerate(batches):
-        first = (rank + place * world) * batch_size
+        # alone by counting, for batches may have been halved
+        first = seen if world == 1 else (rank + place * world) * batch_size
+        seen += len(batch["input_ids"])
         for row in range(len(batch["input_ids"])):
             if first + row < count:
                 found.append((first + row, {k: v[row : row + 1] for k, v in batch.items()}))

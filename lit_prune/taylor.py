@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lit_prune.gradients import weight_gradients
+from lit_prune.gradients import labels_of, weight_gradients
 from lit_prune.layer_gradients import layer_gradients
-from lit_prune.scores.taylor import BY_ENTRY, Estimate, Reduction, Scores, TaylorSums, Weighting
+from lit_prune.ranking import Scores
+from lit_prune.scores.taylor import BY_ENTRY, Estimate, Reduction, TaylorSums, Weighting
 from lit_prune.structure.coupling import names_of, view
 from lit_prune.structure.model import Structure
 
@@ -59,7 +60,7 @@ def taylor_scores(
     """
     scales = None
     if fisher_scale == "tokens":
-        scales = [float((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+        scales = [float((labels_of(batch)[:, 1:] != -100).sum()) for batch in batches]
     sums = TaylorSums(
         estimates, axes, reduction=reduction, weighting=weighting, scales=scales, reduce=reduce
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -42,8 +41,9 @@ class DenseTargets:
         self.stopped = False
         self._direct = True
         self._cross: Tensor | None = None
-        self._drift: list[Tensor] = []
-        self._outputs: dict[str, list[Tensor]] = {}
+        # of all tokens, [tokens, hidden], however they are put together in batches
+        self._drift = torch.empty(0)
+        self._outputs: dict[str, Tensor] = {}
         self._readers: dict[str, nn.Module] = {}
 
     def enter(self, layer: int, stream: Stream) -> None:
@@ -53,23 +53,26 @@ class DenseTargets:
             layer: The layer.
             stream: The pruned model's stream before it.
         """
-        before = [self.dense.states(batch) for batch in range(len(self.dense))]
+        before = _states(self.dense)
         self._readers = {
             name: self.model.get_submodule(self.structure.readers(self.model, axis, layer)[0].path)
             for name, axis in (("attention", "group"), ("ffn", "channel"))
         }
-        self._outputs = {name: [] for name in self._readers}
-        see = {module: _keeper(self._outputs[name]) for name, module in self._readers.items()}
+        kept: dict[str, list[Tensor]] = {name: [] for name in self._readers}
+        see = {module: kept[name].append for name, module in self._readers.items()}
         self.dense.advance(layer, outputs=see)
-        self._drift = [x - stream.states(batch) for batch, x in enumerate(before)]
-        self._direct = not before or self._adds_up(before[0])
+        self._outputs = {name: _joined(kept.pop(name)) for name in self._readers}
+        self._drift = before - _states(stream)
+        self._direct = not len(self.dense) or self._adds_up(before)
         if not self._direct:
-            self._drift = [torch.zeros_like(x) for x in before]
+            self._drift = torch.zeros_like(before)
 
     def _adds_up(self, before: Tensor) -> bool:
-        """Whether both blocks' outputs go straight into the stream."""
-        outputs = [self._outputs[name][0].float() for name in ("attention", "ffn")]
-        added, step = sum(outputs), self.dense.states(0).float() - before.float()
+        """Whether both blocks' outputs go straight into the stream; the first batch tells."""
+        after = self.dense.states(0).float()
+        first = slice(len(after))
+        outputs = [self._outputs[name][first].float() for name in ("attention", "ffn")]
+        added, step = sum(outputs), after - before[first].float()
         return bool((added - step).norm() <= 0.2 * step.norm())
 
     def watch(
@@ -90,19 +93,25 @@ class DenseTargets:
         targets = self._outputs["ffn" if ffn else "attention"]
         bias = getattr(reader, "bias", None)  # which no unit owns
         self._cross = None
-        passed: list[Tensor] = []
-        number = itertools.count()
+        passed: list[Tensor] = []  # what attention gives for the tokens to come
+        done = 0
 
         def collect(x: Tensor) -> None:
-            see(x)
-            batch = next(number)
-            target = targets[batch] + self._drift[batch]
+            nonlocal done
+            rows = slice(done, done + len(x))
+            target = targets[rows] + self._drift[rows]
             target = target if bias is None else target - bias
             if behind:  # what attention has not made up for
-                target = target + self._outputs["attention"][batch] - passed.pop()
+                target = target + self._outputs["attention"][rows] - passed[0][: len(x)]
             with exact_products(x.dtype):
                 product = x.float().T @ target.float()
-            self._cross = product if self._cross is None else self._cross + product
+            cross = product if self._cross is None else self._cross + product
+            see(x)  # the last that takes memory
+            self._cross, done = cross, done + len(x)
+            if behind:
+                passed[0] = passed[0][len(x) :]
+                if not len(passed[0]):
+                    passed.pop(0)
 
         return collect, {self._readers["attention"]: passed.append} if behind else None
 
@@ -142,9 +151,13 @@ class DenseTargets:
         return kept * scales[owners]
 
 
-def _keeper(kept: list[Tensor]) -> See:
-    # copies: falcon adds attention's output to the FFN's in place
-    return lambda y: kept.append(y.clone())
+def _states(stream: Stream) -> Tensor:
+    """Hidden states of all batches where a stream is, [tokens, hidden]."""
+    return _joined([stream.states(batch) for batch in range(len(stream))])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.empty(0)
 
 
 def _owners(coordinates: Mapping[str, Tensor]) -> Tensor:

@@ -10,16 +10,16 @@ from lit_prune.restoration import exact_products
 
 #: A scale beyond this ends the tuning.
 LIMIT = 10.0
+#: δ: how strongly scales are drawn towards 1.
+_DELTA = 0.01
 
 
-def unit_scales(
-    weight: Tensor, gram: Tensor, cross: Tensor, owners: Tensor, delta: float = 0.01
-) -> Tensor | None:
+def unit_scales(weight: Tensor, gram: Tensor, cross: Tensor, owners: Tensor) -> Tensor | None:
     """Scales of a block's units that bring its output closest to a target.
 
     A's columns are what the units put out, a_j = vec(X_j W_jᵀ), and m = 1 + r minimises::
 
-        ‖A r + A 1 - b‖² + δ ‖r‖²        δ in units of the mean diagonal of AᵀA
+        ‖A r + A 1 - b‖² + δ ‖r‖²        δ = 0.01 in units of the mean diagonal of AᵀA
 
     A has as many rows as there are tokens and outputs together and is never made: with the sums
     over the columns of W that units j and j' own::
@@ -36,7 +36,6 @@ def unit_scales(
         gram: XᵀX over the calibration tokens, [inputs, inputs], float32.
         cross: XᵀB, with the target b without the block's bias, [inputs, outputs], float32.
         owners: The unit of each column of W, from 0 without gaps, [inputs].
-        delta: δ.
 
     Returns:
         m, [units], float32, to be multiplied into the units' columns; None if a scale is beyond 10
@@ -61,9 +60,15 @@ def unit_scales(
                 "check the model's weights, or use --model.dtype float32"
             )
         # at least a whisper, where all units are silent
-        ridge = (delta * square.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny)
+        ridge = (_DELTA * square.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny)
         square.diagonal().add_(ridge)
-        scales = 1 + torch.linalg.solve(square, rest)
+        try:
+            scales = 1 + torch.linalg.solve(square, rest)
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+            raise UserError(
+                "expected unit scales that statistics determine, got a singular matrix; use more "
+                "calibration samples or another restoration"
+            ) from error
     return scales if bool((scales.abs() <= LIMIT).all()) else None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import UserError
+from lit_prune.structure.cut import hook_values
 from lit_prune.structure.dims import Dim
 from lit_prune.structure.model import Structure
 
@@ -103,8 +104,11 @@ def _count(model: nn.Module, own: Structure, layer: int, changes: _Changes) -> N
             changes.set(attention, name, heads)
     if _SHARING in known:
         changes.set(attention, _SHARING, 1)
-    if known.get("multi_query"):  # Falcon's layout in which one key serves all heads
-        changes.set(attention, "multi_query", False)
+    if own.family.one_group is not None:
+        changes.set(attention, own.family.one_group, False)
+    if "lit_prune_values" in known:  # where values begin behind keys in one module
+        changes.set(attention, "lit_prune_values", known["lit_prune_values"])
+        hook_values(model, own, layer)
 
 
 def _positions(dim: Dim, sizes: Mapping[str, int]) -> Tensor:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_prune.calibration import evaluating
 from lit_prune.gradients import labels_of, weight_gradients
 from lit_prune.layerwise import device_of, inputs_of, unit_scores
+from lit_prune.modes import evaluating
 from lit_prune.ranking import Scores
 from lit_prune.scores.feature_map import Criterion, coupled, sensitivity
-from lit_prune.scores.wanda import column_scores
+from lit_prune.scores.wanda import wanda_scores
 from lit_prune.spsa import GateNoise
 from lit_prune.statistics import InputStatistics
-from lit_prune.structure.coupling import ROLES, Part, parts, view
+from lit_prune.structure.coupling import ROLES, Part, parameter_names, parts, view
 from lit_prune.structure.model import Structure
 
 Batch = Mapping[str, Tensor]
@@ -33,16 +33,6 @@ def scored_parts(model: nn.Module, structure: Structure, axes: Sequence[str]) ->
         [part for part in parts(model, structure, layer) if part.role in roles]
         for layer in range(len(structure.widths.layers))
     ]
-
-
-def parameter_names(model: nn.Module, found: Sequence[Part]) -> list[str]:
-    """The parameters that parts lie in, without the biases of modules that read units."""
-    names: dict[str, None] = {}
-    for part in found:
-        names[f"{part.path}.weight"] = None
-        if not part.reads and getattr(model.get_submodule(part.path), "bias", None) is not None:
-            names[f"{part.path}.bias"] = None
-    return list(names)
 
 
 def together(
@@ -236,13 +226,9 @@ def gate_scores(
         for axis in axes:
             path = structure.readers(model, axis, layer)[0].path
             reader, seen = model.get_submodule(path), statistics[path]
-            columns = unit_scores(structure, layer, axis, reader, seen, _wanda)
+            columns = unit_scores(structure, layer, axis, reader, seen, wanda_scores)
             scores[axis].append(noise.gradient(layer, axis, slopes).abs() * columns)
     return scores
-
-
-def _wanda(weight: Tensor, statistics: InputStatistics) -> Tensor:
-    return column_scores(weight, statistics.norms())
 
 
 def _norms(model: nn.Module, path: str, statistics: InputStatistics) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Every test runs offline, on one process, and with reproducible examples."""
+"""Every test runs offline, on one thread, and with reproducible examples."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import shutil
 import tempfile
 
+import pytest
+import torch
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,3 +22,9 @@ atexit.register(shutil.rmtree, _MODULES, ignore_errors=True)
 
 settings.register_profile("reproducible", deadline=None, derandomize=True)
 settings.load_profile("reproducible")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tiny models are slower on several threads than on one, much more so on a busy machine."""
+    torch.set_num_threads(1)

@@ -28,6 +28,21 @@ class Planted:
     weak: dict[str, list[list[int]]]
 
 
+def plain_model(seed: int, groups: int, queries: int, channels: int, hidden: int) -> Any:
+    """A tiny Llama without biases, with heads of 8 features."""
+    return tiny_model(
+        "llama",
+        seed=seed,
+        attention_bias=False,
+        mlp_bias=False,
+        hidden_size=hidden,
+        intermediate_size=channels,
+        num_attention_heads=groups * queries,
+        num_key_value_heads=groups,
+        head_dim=HEAD,
+    )
+
+
 def planted(seed: int, queries: int = 1, axes: tuple[str, ...] = ("group", "channel")) -> Planted:
     """Scale all that a planted unit owns by 0.03 to 0.25.
 
@@ -36,17 +51,7 @@ def planted(seed: int, queries: int = 1, axes: tuple[str, ...] = ("group", "chan
         queries: Query heads of a KV group.
         axes: What is planted.
     """
-    model: Any = tiny_model(
-        "llama",
-        seed=seed,
-        attention_bias=False,
-        mlp_bias=False,
-        hidden_size=HIDDEN,
-        intermediate_size=CHANNELS,
-        num_attention_heads=GROUPS * queries,
-        num_key_value_heads=GROUPS,
-        head_dim=HEAD,
-    )
+    model = plain_model(seed, GROUPS, queries, CHANNELS, HIDDEN)
     generator = torch.Generator().manual_seed(seed + 100)
     weak: dict[str, list[list[int]]] = {axis: [] for axis in axes}
     for layer in model.model.layers:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.structure.tiny import tiny_model
+from tests.planted import HEAD, plain_model
 
-GROUPS, QUERIES, HEAD, CHANNELS, HIDDEN = 3, 3, 8, 24, 36
+GROUPS, QUERIES, CHANNELS, HIDDEN = 3, 3, 24, 36
 #: Planted channels of each layer and features of the model; one query head of every group.
 FEW_CHANNELS, FEW_FEATURES = 6, 9
 
@@ -54,17 +54,7 @@ def plant(seed: int, *, one_sided: bool = False) -> Planted:
         one_sided: Scale what heads and channels write by the square of that, and nothing else that
             they own.
     """
-    model: Any = tiny_model(
-        "llama",
-        seed=seed,
-        attention_bias=False,
-        mlp_bias=False,
-        hidden_size=HIDDEN,
-        intermediate_size=CHANNELS,
-        num_attention_heads=GROUPS * QUERIES,
-        num_key_value_heads=GROUPS,
-        head_dim=HEAD,
-    )
+    model = plain_model(seed, GROUPS, QUERIES, CHANNELS, HIDDEN)
     draw = torch.Generator().manual_seed(seed + 7)
 
     def degree(sides: int = 2) -> float:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,14 +21,6 @@ from tests.planted_components import plant
 from tests.structure.tiny import tiny_model
 
 ALL = ("query", "channel", "hidden")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def sentences(number: int = 10, length: int = 12, seed: int = 0) -> list[dict[str, Tensor]]:

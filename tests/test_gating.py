@@ -15,10 +15,8 @@ from lit_prune.structure.gates import masked
 from tests.structure.layouts import varied
 from tests.structure.tiny import FAMILIES, tiny_model
 
-RMS = {"llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma2-untied", "gemma3"} | {
-    "phi3",
-    "glm",
-}
+RMS = {"llama", "llama-tied", "mistral", "qwen2", "qwen3", "phi3", "glm"}
+RMS |= {"gemma2", "gemma2-untied", "gemma3"}
 
 
 def tokens() -> Tensor:
@@ -296,8 +294,6 @@ def test_recomputed_activations_see_the_same_noise() -> None:
 def test_what_stays_is_all_for_a_full_layout() -> None:
     model, structure, gates = built("llama")
     dense = logits(model)
-    with (
-        attach(gates, model, structure),
-        gates.holding(Layout.full(structure.widths), weighted=False),
-    ):
+    full = Layout.full(structure.widths)
+    with attach(gates, model, structure), gates.holding(full, weighted=False):
         assert torch.equal(logits(model), dense)

@@ -20,11 +20,6 @@ from tests.structure.tiny import tiny_model
 from tests.tiny_fit import assert_same, make_data, make_trainer, save_model, token_ids
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def layout_of(sources: list[int], hidden: list[int] | None = None) -> Layout:
     of = Widths({"hidden": 8}, [{"channel": 4}] * 6)
     kept = None if hidden is None else torch.tensor(hidden)
@@ -169,6 +164,45 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path, name: s
         assert any(gradient.any() for gradient in gradients.seen[0].values())
         runs.append(gradients.seen)
     assert_same(runs[0], runs[1])
+
+
+@pytest.mark.parametrize("where", ["before the loss", "in the teacher", "after the loss"])
+def test_a_fit_that_is_broken_off_leaves_no_hooks(tmp_path: Path, where: str):
+    class Break(Callback):
+        """Stops a fit; listed behind the distillation."""
+
+        def on_train_batch_start(
+            self, trainer: Any, pl_module: Any, *args: Any, **options: Any
+        ) -> None:
+            if where == "before the loss":
+                raise KeyError
+            if where == "in the teacher":
+                pl_module.teacher.lm_head.forward = None
+
+        def on_train_batch_end(self, *args: Any, **options: Any) -> None:
+            raise KeyError
+
+    module = PrunableLM(save_model(tmp_path / "dense"), dtype="float32")
+    trainer = make_trainer(tmp_path, [CutAll(), Distillation(hidden=1), Break()])
+    with pytest.raises((KeyError, TypeError)):
+        trainer.fit(module, datamodule=make_data(tmp_path))
+    assert module.loss_term is None
+    models: list[Any] = [module.model, module.teacher]
+    for model in models:
+        assert not any(layer._forward_hooks for layer in model.model.layers)
+
+
+def test_a_step_that_asks_for_no_loss_leaves_no_hooks(tmp_path: Path):
+    class Skips(PrunableLM):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self(batch)
+            return None
+
+    module = Skips(save_model(tmp_path / "dense"), dtype="float32")
+    callbacks = [CutAll(), Distillation(hidden=1)]
+    trainer = make_trainer(tmp_path, callbacks, -1, max_epochs=1, limit_train_batches=3)
+    trainer.fit(module, datamodule=make_data(tmp_path))
+    assert not any(layer._forward_hooks for layer in module.model.model.layers)
 
 
 DROPLESS: dict[str, Any] = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from lit_prune.distillation import cross_entropy
 from lit_prune.errors import UserError
 from lit_prune.folding import fold
 from lit_prune.layerwise import Ranks
-from lit_prune.masking import Adaptation, MaskTraining, mean_loss
+from lit_prune.masking import Adaptation, MaskTraining, loss_on
 from lit_prune.scores import vib
 from lit_prune.structure import Layout, Structure, cut, settle
 from lit_prune.structure.counting import unique_labels
@@ -23,17 +22,11 @@ from tests.structure.tiny import tiny_model
 STEPS = 150
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def training_of(model: Any, target: float, seed: int = 0, **adaptation: Any) -> MaskTraining:
+def training_of(
+    model: Any, target: float, seed: int = 0, axes: Any = GATED, **adaptation: Any
+) -> MaskTraining:
     structure = Structure.of(model)
-    gates = Gates(structure.widths, GATED, seed=seed)
+    gates = Gates(structure.widths, axes, seed=seed)
     counted = DecoderCount(unique_labels(model, structure), structure.widths)
     weights = vib.kl_weights(gates.units(), len(structure.widths.layers), target)
     objective = Objective(counted, weights, target, STEPS)
@@ -193,12 +186,12 @@ def test_the_mean_is_over_tokens_of_all_processes() -> None:
                         total -= logits[row, place, label].item()
                         tokens += 1
         assert tokens == 5 + 8 + 10
-        assert mean_loss(model, batches(), Ranks()) == pytest.approx(total / tokens, rel=1e-5)
+        assert loss_on(model, batches(), Ranks()) == pytest.approx(total / tokens, rel=1e-5)
         both = Ranks(reduce=lambda t: t + torch.tensor([10.0, 2.0]))  # another process' sums
         expected = (total + 10) / (tokens + 2)
-        assert mean_loss(model, batches(), both) == pytest.approx(expected, rel=1e-5)
+        assert loss_on(model, batches(), both) == pytest.approx(expected, rel=1e-5)
         unlabelled = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches()]
-        assert mean_loss(model, unlabelled, Ranks()) == mean_loss(model, batches(), Ranks())
+        assert loss_on(model, unlabelled, Ranks()) == loss_on(model, batches(), Ranks())
 
 
 @pytest.mark.parametrize("weight_update", [True, False])
@@ -228,7 +221,7 @@ def test_masks_are_compared_by_the_model_that_they_leave(name: str, weight_updat
     cut(model, structure, layout)
     settle(model, structure, layout)
     with torch.no_grad():
-        assert mean_loss(model, batches(), Ranks()) == pytest.approx(found, rel=1e-4)
+        assert loss_on(model, batches(), Ranks()) == pytest.approx(found, rel=1e-4)
         assert cross_entropy(
             model(input_ids=batches()[0]["input_ids"]).logits, batches()[0]["labels"]
         ).isfinite()
@@ -246,3 +239,11 @@ def test_masks_are_compared_near_the_target_only() -> None:
     for excess, near in ((-0.009, False), (-0.007, True), (0.0009, True), (0.0011, False)):
         training.objective.target = sparsity - excess
         assert training.is_near() == near
+
+
+def test_multiples_that_undo_the_pruning_are_refused_before_masks_train() -> None:
+    options: dict[str, Any] = {"axes": ("channel", "hidden"), "multiple": 128}
+    with pytest.raises(UserError, match=r"in multiples of 128 can reach, got 0.2, of which 0.000"):
+        training_of(tiny_model("llama"), 0.2, **options)
+    training_of(tiny_model("llama"), 0.2, **{**options, "multiple": 0})
+    training_of(tiny_model("llama"), 0.2, **{**options, "threshold": "zero"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,30 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import UserError
-from lit_prune.spsa import GateNoise, WeightNoise, loss_slopes, normal, windows
+from lit_prune.spsa import GateNoise, WeightNoise, loss_slopes, normal
 from lit_prune.structure import Structure
-from lit_prune.zeroth_order import parameter_names, scored_parts
-from tests.literal_fasp import columns
+from lit_prune.structure.coupling import parameter_names
+from lit_prune.zeroth_order import scored_parts
+from tests.spsa_cases import BOTH, cosine, loss, samples
 from tests.structure.tiny import tiny_model
 
-Batch = dict[str, Tensor]
 FAMILIES = ["llama", "phi3", "gpt2", "bloom", "falcon-new", "opt"]
-BOTH = ("group", "channel")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def samples(count: int, length: int = 12, seed: int = 0) -> list[tuple[int, Batch]]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 61, (count, 1, length), generator=generator)
-    batches = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
-    return list(enumerate(batches))
 
 
 def names_of(model: Any, axes: Sequence[str], layer: int | None = None) -> list[str]:
@@ -45,10 +29,6 @@ def names_of(model: Any, axes: Sequence[str], layer: int | None = None) -> list[
 
 def noise_of(model: Any, axes: Sequence[str] = BOTH, seed: int = 3) -> WeightNoise:
     return WeightNoise(model, names_of(model, axes), seed)
-
-
-def loss(model: Any, batch: Batch) -> Tensor:
-    return model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss
 
 
 def literal_slopes(model: Any, noise: WeightNoise, names: list[str], scale: float) -> list[float]:
@@ -212,11 +192,6 @@ def test_noise_differs_by_seed_sample_and_tensor() -> None:
         assert all(torch.equal(one, other) == (i == j) for j, other in enumerate(draws))
 
 
-def cosine(a: list[Tensor], b: list[Tensor]) -> float:
-    flat = [torch.cat([x.flatten() for x in tensors]) for tensors in (a, b)]
-    return float(torch.nn.functional.cosine_similarity(flat[0], flat[1], 0))
-
-
 def test_the_mean_turns_into_the_gradients_direction() -> None:
     model = tiny_model("llama", hidden_size=6, intermediate_size=4, num_hidden_layers=1)
     names = names_of(model, ("channel",))
@@ -283,96 +258,3 @@ def test_losses_that_are_not_finite_are_refused() -> None:
         model.get_parameter("model.norm.weight")[0] = float("inf")
     with pytest.raises(UserError, match="expected finite losses around the weights, got"):
         loss_slopes(model, samples(1), noise_of(model), 1, 1e-3)
-
-
-def scaled_copy(model: Any, structure: Structure, axes: Any, by: Any) -> Any:
-    """A copy in which the columns of each unit are multiplied instead of the inputs."""
-    moved = copy.deepcopy(model)
-    for layer, sizes in enumerate(structure.widths.layers):
-        for axis in axes:
-            path = structure.readers(model, axis, layer)[0].path
-            weight = columns(moved, path)
-            eta = by(layer, axis).flatten()
-            entries = weight.shape[1] // len(eta)
-            heads = sizes["query"] if axis == "group" else 1
-            assert entries == (1 if axis == "channel" else sizes["value"] * heads)
-            for column in range(weight.shape[1]):
-                weight[:, column] *= 1 + eta[column // entries]
-    return moved
-
-
-GATED = [
-    ("llama", BOTH),
-    ("llama", ("query", "channel")),
-    ("gpt2", BOTH),
-    ("falcon-7b", ("query",)),
-]
-
-
-@pytest.mark.parametrize(("name", "axes"), GATED)
-def test_gates_scale_what_units_put_out(name: str, axes: tuple[str, ...]) -> None:
-    model = tiny_model(name)
-    structure = Structure.of(model)
-    noise = GateNoise(model, structure, axes, 1)
-    found = loss_slopes(model, samples(2), noise, 2, 0.1)
-    for number, batch in samples(2):
-        one_hot = 2 * torch.eye(2)[number]  # picks a sample's noise
-        values = []
-        for sign in (0.1, -0.1):
-
-            def by(layer: int, axis: str, sign: float = sign, pick: Tensor = one_hot) -> Tensor:
-                return sign * noise.gradient(layer, axis, pick)
-
-            with torch.no_grad():
-                values.append(float(loss(scaled_copy(model, structure, axes, by), batch)))
-        assert found[number].item() == pytest.approx((values[0] - values[1]) / 0.2, abs=1e-4)
-
-
-def test_the_mean_over_gates_turns_into_their_gradient() -> None:
-    model = tiny_model("llama", num_hidden_layers=1)
-    structure = Structure.of(model)
-    (_, batch), *_ = samples(1)
-    slots: dict[str, Tensor] = {}
-
-    def keep(axis: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            args[0].retain_grad()
-            slots[axis] = args[0]
-
-        return hook
-
-    handles = [
-        model.get_submodule(structure.readers(model, axis, 0)[0].path).register_forward_pre_hook(
-            keep(axis)
-        )
-        for axis in BOTH
-    ]
-    loss(model, batch).backward()
-    for handle in handles:
-        handle.remove()
-    exact = []
-    for axis, units in (("group", 2), ("channel", 20)):
-        gradient = slots[axis].grad
-        assert gradient is not None
-        exact.append((slots[axis] * gradient).detach().flatten(0, 1).sum(0).view(units, -1).sum(1))
-    noise = GateNoise(model, structure, BOTH, 0)
-    slopes = loss_slopes(model, [(number, batch) for number in range(300)], noise, 300, 1e-2)
-    found = [
-        cosine([noise.gradient(0, axis, slopes[:n]) for axis in BOTH], exact) for n in (5, 300)
-    ]
-    assert found[0] < 0.9 < found[1]
-
-
-def test_windows_keep_their_number_over_processes() -> None:
-    ids = torch.arange(20).view(10, 2)
-    batches = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids.split(4)]
-    whole = windows(batches, 9, 4)
-    assert [number for number, _ in whole] == list(range(9))
-    shares = [windows(batches[rank::2], 9, 4, rank=rank, world=2) for rank in (0, 1)]
-    assert [[number for number, _ in share] for share in shares] == [
-        [0, 1, 2, 3, 8],
-        [4, 5, 6, 7],
-    ]
-    for number, window in whole + shares[0] + shares[1]:
-        assert torch.equal(window["input_ids"], ids[number : number + 1])
-        assert window["attention_mask"].shape == (1, 2)

@@ -49,6 +49,21 @@ def test_scores_are_the_literal_ones(
             assert torch.allclose(found[axis][layer], torch.tensor(expected), rtol=1e-4), axis
 
 
+def test_without_labels_what_is_not_padded_is_predicted() -> None:
+    model: Any = tiny_model("llama", dtype=torch.float64)
+    given, without = make_batches(2, padded=True), make_batches(2, padded=True)
+    for batch, other in zip(given, without, strict=True):
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        del other["labels"]
+    expected, found = (
+        taylor_scores(
+            model, Structure.of(model), data, ["mixed"], ["channel"], fisher_scale="tokens"
+        )["mixed"]["channel"]
+        for data in (given, without)
+    )
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
 def test_options_matter(case: Any) -> None:
     model, batches, _ = case
     structure = Structure.of(model)

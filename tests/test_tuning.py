@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,14 +20,6 @@ Batch = dict[str, Tensor]
 
 #: Post-norms stand between the blocks and the stream: only a block's own loss is made up for.
 APART = {"gemma2", "gemma3", "opt-factorised"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def batches(seed: int = 0, *, padded: bool = False) -> list[Batch]:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,14 +28,6 @@ SHARED = (
     "falcon-new",
     "falcon-7b",
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def batch(padded: bool = True) -> dict[str, Tensor]:
@@ -177,6 +168,24 @@ def test_layers_may_share_differently(name: str) -> None:
         assert all(p is before[key] for key, p in untouched.named_parameters())
         torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "glm"])
+def test_values_may_be_narrower_than_keys(name: str) -> None:
+    model = tiny_model(name)
+    structure = Structure.of(model)
+    layout = Layout.full(structure.widths)
+    groups = structure.widths.layers[1]["group"]
+    layout = layout.replace_layer(1, {"value": torch.tensor([[0, 2, 3]] * groups)})
+    cut(model, structure, layout)
+    expected = logits(model)
+    attention: Any = structure.layers(model)[1].get_submodule("self_attn")
+    record = attention.lit_prune_values
+    with unshared(model, structure) as own:
+        own.check(model)
+        torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+    assert attention.lit_prune_values is record
+    assert torch.equal(logits(model), expected)
 
 
 def test_attention_that_does_not_count_its_keys_is_refused() -> None:

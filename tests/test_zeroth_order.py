@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,14 +11,15 @@ from torch import Tensor
 
 from lit_prune.spsa import GateNoise
 from lit_prune.structure import Structure
+from lit_prune.structure.coupling import parameter_names
 from lit_prune.structure.dims import PER_GROUP
 from lit_prune.zeroth_order import (
     backprop_scores,
     feature_map_scores,
     gate_scores,
     input_statistics,
-    parameter_names,
     scored_parts,
+    together,
 )
 from tests.literal_fasp import columns, inputs_of
 from tests.structure.tiny import tiny_model
@@ -68,14 +68,6 @@ PLACES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
         },
     ),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def batches(rows: int = 3, length: int = 11) -> list[Batch]:
@@ -208,6 +200,20 @@ def test_back_propagated_gradients_give_the_ablation(name: str, criterion: Any) 
     for axis in BOTH:
         for one, two in zip(scores[axis], expected[axis], strict=True):
             assert torch.allclose(one, two, rtol=1e-3)
+
+
+def test_windows_of_two_processes_become_one_batch_without_padding_in_the_loss() -> None:
+    def window(*ids: int) -> dict[str, Any]:
+        return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
+
+    shares = [[(0, window(5, 6, 7)), (2, window(8, 9))], [(1, window(10, 11, 12))]]
+    rows: list[Any] = []
+    for share in shares:
+        together(share, 4, 3, torch.device("cpu"), lambda t: rows.append(t) or t)
+    found = together(shares[0], 4, 3, torch.device("cpu"), lambda _: rows[0] + rows[1])
+    assert found["input_ids"].tolist() == [[5, 6, 7], [10, 11, 12], [8, 9, 0]]
+    assert found["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
+    assert found["labels"].tolist() == [[5, 6, 7], [10, 11, 12], [8, 9, -100]]
 
 
 @pytest.mark.parametrize("padded", [False, True])

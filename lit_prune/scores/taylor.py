@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lit_prune.ranking import Scores
 from lit_prune.structure.coupling import ROLES
 
 Rows = Mapping[str, Tensor]
-Scores = dict[str, list[Tensor]]
 Estimate = Literal["vector", "coarse", "element1", "element2", "mixed"]
 ESTIMATES: tuple[Estimate, ...] = get_args(Estimate)
 Reduction = Literal["sum", "max"]

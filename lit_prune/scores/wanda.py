@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lit_prune.statistics import InputStatistics
+
 
 def column_scores(weight: Tensor, norms: Tensor) -> Tensor:
     """Score the columns of a matrix by what they carry: S_j = ||X_j||_2 * sum_i |W_ij|.
@@ -18,3 +20,13 @@ def column_scores(weight: Tensor, norms: Tensor) -> Tensor:
         [inputs], float32; the lowest go first.
     """
     return norms.float() * weight.float().abs().sum(0)
+
+
+def wanda_scores(weight: Tensor, statistics: InputStatistics) -> Tensor:
+    """`column_scores` from statistics of the inputs, [inputs].
+
+    Args:
+        weight: [outputs, inputs].
+        statistics: Of the inputs.
+    """
+    return column_scores(weight, statistics.norms())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -135,9 +135,14 @@ def _shaped(block: Block, role: str, sizes: Mapping[str, int]) -> Tensor:
 
 
 def names_of(model: nn.Module, structure: Structure, layer: int) -> list[str]:
-    """The parameters that units own entries of: matrices, and the biases of rows."""
+    """The parameters that units of a layer own entries of: matrices, and the biases of rows."""
+    return parameter_names(model, parts(model, structure, layer))
+
+
+def parameter_names(model: nn.Module, found: Iterable[Part]) -> list[str]:
+    """The parameters that parts lie in: matrices, and the biases of rows."""
     names: dict[str, None] = {}
-    for part in parts(model, structure, layer):
+    for part in found:
         names[f"{part.path}.weight"] = None
         if not part.reads and getattr(model.get_submodule(part.path), "bias", None) is not None:
             names[f"{part.path}.bias"] = None

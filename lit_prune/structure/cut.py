@@ -104,7 +104,7 @@ def cut_layer(
     for axis, kept in keep.items():
         structure.widths.layers[layer][axis] = kept.shape[-1]
     _remember(model, structure, layer)
-    _narrow_values(model, structure, layer)
+    hook_values(model, structure, layer)
     if "group" not in keep and "query" not in keep:
         return
     if structure.family.has_alibi(config):
@@ -118,7 +118,7 @@ def cut_layer(
     own_config(model, structure, layer)
 
 
-def settle(model: nn.Module, structure: Structure, layout: Layout) -> bool:
+def settle(model: nn.Module, structure: Structure, layout: Layout, dense: Any = None) -> bool:
     """Give a cut model the config that it will be saved with.
 
     That is a stock config where the stock class built from it has exactly the cut model's shapes
@@ -127,14 +127,17 @@ def settle(model: nn.Module, structure: Structure, layout: Layout) -> bool:
     Args:
         model: The cut model.
         structure: Its structure.
-        layout: The last cut, in the numbering of the model before it.
+        layout: The last cut, in the numbering of the model before it; all cuts where `dense` is
+            given.
+        dense: The config before any cut, so that the result does not depend on how many there were;
+            the model's own if there was one.
 
     Returns:
         Whether the result is stock.
     """
     from lit_prune.export.trial import differences
 
-    config: Any = model.config
+    config: Any = model.config if dense is None else dense
     fallback = kept_layers_config(config, [unit.source for unit in layout.layers])
     epsilon = norm_epsilon(model, structure)
     candidate = propose(fallback, structure.family, structure.widths, epsilon)
@@ -169,7 +172,7 @@ def _attention_path(model: nn.Module, structure: Structure, layer: int) -> str:
     return structure.readers(model, "group", layer)[0].path.rpartition(".")[0]
 
 
-def _narrow_values(model: nn.Module, structure: Structure, layer: int) -> None:
+def hook_values(model: nn.Module, structure: Structure, layer: int) -> None:
     """Hook a layer's attention where its values are narrower than its keys."""
     sizes = structure.widths.sizes(layer)
     if sizes["value"] == sizes["head_dim"] or "value" not in structure.axes():

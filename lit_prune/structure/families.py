@@ -28,6 +28,7 @@ class Family:
         scaled_embedding: The embedding is multiplied by the square root of the hidden size.
         alibi: A config value that says that attention has ALiBi biases, indexed by head.
         reads_config: Sizes that attention reads from the shared config in its forward pass.
+        one_group: Attribute of attention that is true where one group serves all heads.
     """
 
     types: tuple[str, ...]
@@ -40,6 +41,7 @@ class Family:
     scaled_embedding: bool = False
     alibi: Mapping[str, Any] | None = None
     reads_config: Mapping[str, str] = field(default_factory=dict)
+    one_group: str | None = None
 
     def has_alibi(self, config: Any) -> bool:
         """Whether attention of a model with this config has ALiBi biases."""
@@ -83,13 +85,10 @@ _TWO_NORMS = """
 model.layers.*.input_layernorm                   hidden
 model.layers.*.post_attention_layernorm          hidden
 """
-_FOUR_NORMS = (
-    _TWO_NORMS
-    + """
+_FOUR_NORMS = f"""{_TWO_NORMS}
 model.layers.*.pre_feedforward_layernorm         hidden
 model.layers.*.post_feedforward_layernorm        hidden
 """
-)
 _HEAD_NORMS = """
 model.layers.*.self_attn.q_norm                  head_dim
 model.layers.*.self_attn.k_norm                  head_dim
@@ -232,6 +231,7 @@ lm_head                                          hidden -> vocab
         constants={"group": 1},
         norm="layer",
         alibi={"alibi": True},
+        one_group="multi_query",
     ),
     Family(
         types=("falcon",),
@@ -243,8 +243,7 @@ lm_head                                          hidden -> vocab
     ),
     Family(
         types=("opt",),
-        modules=_OPT
-        + """
+        modules=f"""{_OPT}
 model.decoder.embed_tokens                       vocab -> embedding
 model.decoder.project_in                         embedding -> hidden
 model.decoder.project_out                        hidden -> embedding
@@ -256,8 +255,7 @@ lm_head                                          embedding -> vocab
     ),
     Family(
         types=("opt",),
-        modules=_OPT
-        + """
+        modules=f"""{_OPT}
 model.decoder.embed_tokens                       vocab -> hidden
 lm_head                                          hidden -> vocab
 """,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import UserError
+from lit_prune.modes import evaluating
 from lit_prune.structure.model import Site, Structure
 
 #: What the weights of RMS norms are multiplied by when `hidden` is cut; see `rescale`.
@@ -116,8 +117,6 @@ def energies(
         For each norm over the stream its path and the sums, float32 [hidden]; nothing for a family
         with LayerNorms, which `rescale` leaves as they are.
     """
-    from lit_prune.calibration import evaluating
-
     if structure.family.norm == "layer":
         return {}
     paths = [site.path for site in stream_norms(model, structure)]

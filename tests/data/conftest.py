@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -12,7 +11,6 @@ CORPUS = ["the quick brown fox jumps over the lazy dog. " * 3, "a dog, a fox\n\n
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    torch.set_num_threads(1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

@@ -23,14 +23,6 @@ GATED = [name for name in FAMILIES if not name.startswith(("gpt", "bloom", "falc
 NORMALIZED = {"qwen3", "gemma3"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def setup(name: str, *, narrow: bool = False) -> tuple[Any, Structure, dict[str, Part]]:
     """A float64 model, also after a cut that leaves other widths in each layer."""
     model = tiny_model(name, dtype=torch.float64)
