@@ -13,14 +13,24 @@ if TYPE_CHECKING:
     from lit_prune.data import TextDataModule
     from lit_prune.export import load_pruned
     from lit_prune.module import PrunableLM
+    from lit_prune.prunable import Prunable
     from lit_prune.structure import Layout, Structure
 
 __version__ = "0.1.0"
 
-__all__ = ["Layout", "PrunableLM", "Structure", "TextDataModule", "__version__", "load_pruned"]
+__all__ = [
+    "Layout",
+    "Prunable",
+    "PrunableLM",
+    "Structure",
+    "TextDataModule",
+    "__version__",
+    "load_pruned",
+]
 
 _HOME = {
     "Layout": "lit_prune.structure",
+    "Prunable": "lit_prune.prunable",
     "PrunableLM": "lit_prune.module",
     "Structure": "lit_prune.structure",
     "TextDataModule": "lit_prune.data",

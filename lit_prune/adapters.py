@@ -1,4 +1,4 @@
-"""Adapters on a `PrunableLM`: which modules get one, and putting them on."""
+"""Adapters on a `Prunable`: which modules get one, and putting them on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check(module: Any, options: Mapping[str, Any]) -> None:
     """Refuse what `attach` would refuse, as far as it can be known before a cut.
 
     Args:
-        module: A `PrunableLM`.
+        module: A `Prunable`.
         options: As for `attach`.
 
     Raises:
@@ -32,7 +32,7 @@ def attach(module: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Attach LoRA to linear modules of the decoder layers and freeze the rest.
 
     Args:
-        module: A `PrunableLM`.
+        module: A `Prunable`.
         options: `rank`, `alpha`, `dropout`, `dtype` (a name) and `seed` as for
             `lit_prune.recovery.attach_lora`; `targets` are names or paths of modules, empty for
             all; `base` is how the frozen layers under LoRA are held; `adapter` is a peft folder

@@ -34,8 +34,9 @@ def model_card(
         report: The report (see `lit_prune.report`); None if nothing was measured.
         lineage: Earlier prunings, oldest first: plain dicts, such as base, method, sparsity.
         base: What was pruned: hub name, folder, file, or `embedded:` name.
-        method: `name`, `options` (a dict), and `widths`: axis -> {"dense": units per layer before,
-            "kept": units per layer now}, each a number or a list with one per layer.
+        method: `name`, `options` (a dict), `lora` (whether recovery was that), and `widths`: axis
+            -> {"dense": units per layer before, "kept": units per layer now}, each a number or a
+            list with one per layer.
         load_lines: Python that loads the checkpoint (`lit_prune.report.load_lines`).
         stock: Whether the architecture's stock class holds it.
         license: The base model's license identifier, passed through.
@@ -107,7 +108,9 @@ def _what_was_done(report: Mapping[str, Any] | None, method: Mapping[str, Any]) 
     if report:
         lines.append(f"- Sparsity: {sparsity_line(report)}")
         if "recovered" in report["models"]:
-            lines.append("- Recovery: LoRA, merged into the weights")
+            lora = method.get("lora")
+            how = "LoRA, merged into the weights" if lora else "training without adapters"
+            lines.append(f"- Recovery: {how}")
     for axis, width in (method.get("widths") or {}).items():
         lines.append(f"- {_clean(axis)}: {_width(width)}")
     if options := method.get("options"):

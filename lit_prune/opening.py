@@ -1,7 +1,8 @@
-"""How a `PrunableLM` gets its model."""
+"""How a module gets its model, and what must hold of it then."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -10,6 +11,7 @@ from lit_prune.dtypes import DTYPES
 from lit_prune.errors import UserError
 from lit_prune.export import read_lineage
 from lit_prune.pretrained import load_pretrained, resolve
+from lit_prune.statistics import require_finite
 from lit_prune.structure import Layout, Structure, Widths, settle
 
 
@@ -27,6 +29,16 @@ def configure(module: Any) -> None:
     """Load a `PrunableLM`'s model, with what an earlier pruning wrote down of it."""
     model, tokenizer = load_dense(module)
     module._outside.setdefault("tokenizer", tokenizer)
+    take(module, model)
+
+
+def take(module: Any, model: Any) -> None:
+    """Make a model a `PrunableLM`'s, with what an earlier pruning wrote down of it.
+
+    Args:
+        module: The `PrunableLM`.
+        model: Read from `module.pretrained`, with weights or on meta.
+    """
     widths = None
     source = resolve(module.pretrained)
     if source.local and source.gguf is None:
@@ -36,26 +48,176 @@ def configure(module: Any) -> None:
             saved = record["layout"]["widths"]
             widths = Widths(saved["shared"], saved["layers"])
     adopt(module, model, widths)
+    module.model = model  # a submodule from here on
     module.is_stock = widths is None or settle(model, module.structure, module.layout)
 
 
 def adopt(module: Any, model: Any, widths: Widths | None = None) -> None:
-    """Make a model a `PrunableLM`'s own.
+    """Make a model the one that a `Prunable` offers to callbacks.
 
     Args:
-        module: The `PrunableLM`.
+        module: The `Prunable`.
         model: A causal language model of transformers.
         widths: Its widths, where its config does not tell them.
+
+    Raises:
+        UserError: There is one already, the family is unknown, or `model` is something else.
     """
-    module.structure = Structure.of(model, widths)
-    module.layout = Layout.full(module.structure.widths)
-    if module.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    module.model = model
+    if "model" in module._outside:
+        raise UserError(
+            f"expected one language model in a {type(module).__name__}, got a second; make a new "
+            "module for it, and let configure_model do nothing when self.model is there"
+        )
+    structure = Structure.of(model, widths)
+    _check_name(module, model)
+    if "model" not in module._modules:
+        vars(module)["model"] = model  # no submodule: its weights are saved where they stand
+    module._outside.update(model=model, structure=structure)
+    module.layout = Layout.full(structure.widths)
+    module.vocab_size = model.config.vocab_size
+
+
+def structure_of(module: Any) -> Structure:
+    """The structure of a `Prunable`'s model.
+
+    Raises:
+        UserError: It has none, or another under that name.
+    """
+    if "structure" not in module._outside:
+        raise UserError(
+            f"expected {type(module).__name__} to have a language model, got none; call "
+            "self.adopt(model) in its __init__ or configure_model"
+        )
+    _check_name(module, module._outside["model"])
+    return module._outside["structure"]
+
+
+def name_of(model: Any) -> str:
+    """Where a model of transformers comes from, or its class if it does not know."""
+    return getattr(model.config, "_name_or_path", "") or type(model).__name__
+
+
+def check_adopted(module: Any, protocol: type) -> None:
+    """Hold that a `Prunable` has a model, and that nothing of its own stands in the way.
+
+    Args:
+        module: The module.
+        protocol: `Prunable`.
+
+    Raises:
+        UserError: Something is missing or has a name that is taken.
+    """
+    structure_of(module)
+    name, model = type(module).__name__, module._outside["model"]
+    if all(part is not model for part in module.modules()):
+        raise UserError(
+            f"expected the adopted model to be part of {name}, got one that is not; assign it, or "
+            "the module that holds it, to an attribute"
+        )
+    hidden = [key for key in (*module._modules, *vars(module)) if key in vars(protocol)]
+    if hidden:
+        raise UserError(
+            f"expected {name}.{hidden[0]} to be that of {protocol.__name__}, got a "
+            f"{type((module._modules | vars(module))[hidden[0]]).__name__}; rename yours"
+        )
+
+
+def _check_name(module: Any, model: Any) -> None:
+    held = module.model
+    if held is not None and held is not model:
+        raise UserError(
+            f"expected {type(module).__name__}.model to be the adopted language model, got a "
+            f"{type(held).__name__}; rename yours"
+        )
+
+
+def check_optimizers(module: Any, optimizers: Sequence[Any]) -> None:
+    """Hold that optimizers made after a cut train parameters that are left, not those before it.
+
+    Args:
+        module: The module.
+        optimizers: What its `configure_optimizers` gave.
+
+    Raises:
+        UserError: One has another parameter.
+    """
+    live = {id(parameter) for parameter in module.parameters()}
+    groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
+    if any(id(parameter) not in live for group in groups for parameter in group):
+        raise UserError(
+            f"expected configure_optimizers of {type(module).__name__} to collect the parameters "
+            "each time it is called, got some that the module no longer has after a cut"
+        )
+
+
+def check_loss(module: Any, asked: Any) -> None:
+    """Hold that a `Prunable` trains on the loss that a callback has put in place, if one has.
+
+    Args:
+        module: The module.
+        asked: The `loss_term` that its method `loss` last made use of.
+
+    Raises:
+        UserError: It is another.
+    """
+    term = module.loss_term
+    if term is not None and asked is not term:
+        raise UserError(
+            f"expected training_step of {type(module).__name__} to return self.loss(batch, output, "
+            f"own_loss), since {type(getattr(term, '__self__', term)).__name__} replaces the loss, "
+            "got one that never asks for it; return that, or leave out the callback"
+        )
+
+
+def check_finite(module: Any, loss: Any) -> None:
+    """Stop a training whose loss is NaN or infinite, on all processes alike.
+
+    Args:
+        module: A `Prunable`, before the backward pass.
+        loss: [].
+
+    Raises:
+        UserError: It is.
+    """
+    bad = ~loss.detach().isfinite()
+    trainer = module._trainer  # none where a hook is called by hand
+    own = bool(bad)
+    if trainer is not None and trainer.world_size > 1:  # others would wait for this one's gradients
+        bad = trainer.strategy.reduce(bad.float().clone(), reduce_op="sum")
+    if not bool(bad):
+        return
+    phase = "mask learning" if module.gates is not None else "recovery"
+    if phase == "recovery" and module.pruning_ahead:
+        phase = "training before the cut"
+    found = f"{float(loss.detach())}" if own else "NaN or infinity in another process"
+    raise UserError(
+        f"expected a finite loss in training, got {found} in step {module.global_step + 1} "
+        f"({phase}); lower the learning rate, or use --model.dtype float32; the last checkpoint is "
+        "from before it"
+    )
+
+
+def check_weights(module: Any) -> None:
+    """Hold that a `Prunable`'s weights are numbers, which its last step may have spoiled.
+
+    Raises:
+        UserError: One is NaN or infinite.
+    """
+    for name, parameter in module.model.named_parameters():
+        require_finite(parameter.detach(), "weights", f"in {name} at the end")
 
 
 def check_length(module: Any, tokens: int, what: str) -> None:
-    """Refuse windows longer than a model has positions for; see the method of this name."""
+    """Refuse windows longer than a model has positions for, and warn where it has no table.
+
+    Args:
+        module: A `Prunable`.
+        tokens: Their length.
+        what: What they are, for the message.
+
+    Raises:
+        UserError: The model looks positions up in a table that is shorter.
+    """
     limit = getattr(module.model.config, "max_position_embeddings", None) or tokens
     if tokens <= limit:
         return

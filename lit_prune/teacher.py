@@ -15,7 +15,7 @@ from lit_prune.quantized import Precision, QuantizedLinear
 
 
 def keep(module: Any) -> None:
-    """Copy a `PrunableLM`'s model before its first cut, if the copy is wanted and missing."""
+    """Copy a `Prunable`'s model before its first cut, if the copy is wanted and missing."""
     if not module.keep_teacher or module.teacher is not None or module.phase != "dense":
         return
     # layers that shall be quantized never get a dense copy
@@ -28,7 +28,7 @@ def require(module: Any, precision: Precision = "dense") -> nn.Module:
     """The dense model on the module's device, loaded again where that is needed.
 
     Args:
-        module: A `PrunableLM`.
+        module: A `Prunable`.
         precision: How the weights of its layers shall be held; one held in another way is let go.
 
     Raises:

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
+from lit_prune import PrunableLM
 from lit_prune.card import model_card, public_name
+from lit_prune.export.describe import card_of
 from lit_prune.report import build_report, load_lines, model_entry
+from tests.structure.tiny import tiny_model
 
 METHOD: dict[str, Any] = {
     "name": "FASP",
@@ -74,6 +77,7 @@ def test_card_says_what_was_done_and_measured():
     card = make_card()
     for words in (
         "- Method: FASP",
+        "- Recovery: training without adapters\n",
         "removed 19.87% of the decoder's parameters (target 20.00%), 15.00% of all",
         "- channel: 1,000 to 1,150 of 1,536 in 3 layers (mean 1,083.3)",
         "- group: 2 of 3 in each of 3 layers",
@@ -96,6 +100,15 @@ def test_without_recovery_or_report_nothing_is_claimed():
     card = make_card(report=None, method={"name": "FASP"})
     assert "Not measured." in card
     assert "Sparsity" not in card
+
+
+@pytest.mark.parametrize("adapter", [None, {"rank": 8}])
+def test_recovery_is_lora_where_there_were_adapters(adapter: Any):
+    module = PrunableLM.from_model(tiny_model("llama"))
+    module.adapter, module.report = adapter, make_report()
+    card = card_of(module, "pruned")
+    assert ("- Recovery: LoRA, merged into the weights\n" in card) == (adapter is not None)
+    assert ("LoRA" in card) == (adapter is not None)
 
 
 def test_loading_depends_on_the_class():

@@ -35,11 +35,6 @@ from tests.tiny_fit import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def wrap(name: str = "llama", seed: int = 0, **options: Any) -> PrunableLM:
     model = tiny_model(name, seed=seed)
     return PrunableLM.from_model(model, make_tokenizer(), **{"learning_rate": 1e-2, **options})

@@ -23,6 +23,7 @@ def card_of(module: Any, name: str) -> str:
         {
             "name": last.get("method", "none"),
             "options": last.get("options", {}),
+            "lora": module.adapter is not None,
             "widths": widths_summary(module.layout),
         },
         load_lines(name, stock=module.is_stock),
