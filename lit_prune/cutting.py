@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_prune.allocation import TOLERANCE
 from lit_prune.errors import UserError
-from lit_prune.module import PrunableLM
+from lit_prune.made_with import RemembersOptions, differences
+from lit_prune.notes import noting, of_all
+from lit_prune.prunable import Prunable, require
 from lit_prune.structure import Layout
 from lit_prune.structure.counting import count_actual
 
 
-class CuttingCallback(Callback):
+class CuttingCallback(RemembersOptions, Callback):
     """Cuts the module's model once or several times, and remembers how far it is.
 
     Args:
@@ -33,11 +39,20 @@ class CuttingCallback(Callback):
                 "expected start and every of at least 0 and iterations of at least 1, got "
                 f"{start}, {every} and {iterations}"
             )
+        if every and iterations == 1:
+            raise UserError(
+                f"expected every with several iterations, got every {every} and one cut; raise "
+                "iterations or leave out every"
+            )
         self.start, self.iterations, self.every = start, iterations, every
         self.sparsity = 0.0
         #: Cuts so far, whether the last was made, and what the model had before the first.
         self.iteration, self.finished = 0, False
         self.original: dict[str, int] = {}
+
+    def restart(self) -> None:
+        """Forget an earlier fit."""
+        self.iteration, self.finished, self.original = 0, False, {}
 
     def prepare(self, trainer: Trainer, pl_module: Any) -> None:
         """Check what was asked before anything is done, and get ready."""
@@ -63,6 +78,10 @@ class CuttingCallback(Callback):
         """
         return self.iteration >= self.iterations
 
+    def goal(self, pl_module: Prunable) -> float:
+        """Share of the decoder's original parameters to remove by the last cut."""
+        return self.sparsity
+
     def options(self) -> dict[str, Any]:
         """What was asked for, as plain types, for reports."""
         if self.iterations == 1 and not self.start:
@@ -76,9 +95,29 @@ class CuttingCallback(Callback):
 
     # --- Lightning -----------------------------------------------------------------------------
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Start anew, and refuse a module whose model can't be cut.
+
+        Raises:
+            UserError: It can't, or another callback cuts it, too.
+        """
+        if stage != "fit":
+            return
+        require(pl_module, self)
+        cutting = [c for c in cast(Any, trainer).callbacks if isinstance(c, CuttingCallback)]
+        if len(cutting) > 1:
+            names = " and ".join(type(callback).__name__ for callback in cutting)
+            raise UserError(
+                f"expected one pruning callback in a fit, got {names}; prune the export of a first "
+                "fit in a second one"
+            )
+        self.restart()  # a checkpoint's state is loaded after this
+
     def state_dict(self) -> dict[str, Any]:
-        """How far it is."""
+        """How far it is, and what was asked for."""
         return {
+            "method": self.method,
+            "made_with": self.made_with,
             "iteration": self.iteration,
             "finished": self.finished,
             "original": dict(self.original),
@@ -88,6 +127,29 @@ class CuttingCallback(Callback):
         """Go on from there."""
         self.iteration, self.finished = state_dict["iteration"], state_dict["finished"]
         self.original = dict(state_dict["original"])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: Any) -> None:
+        """Refuse a checkpoint that was made otherwise, if the fit is to go on from it.
+
+        Raises:
+            UserError: It is of another method, or of other options and before the last cut.
+        """
+        states = checkpoint["callbacks"]
+        made_by = [found["method"] for found in states.values() if "made_with" in found]
+        if trainer.state.fn != TrainerFn.FITTING or not made_by:
+            return
+        if self.state_key not in states:
+            raise UserError(
+                f"expected a checkpoint of {self.method}, got one of {made_by[0]}: go on with the "
+                "callback it was made with, or start anew with --overwrite"
+            )
+        state = states[self.state_key]
+        changed = differences(state["made_with"], self.made_with)
+        if changed and not state["finished"]:
+            raise UserError(
+                f"expected a checkpoint of {self.method} with these options, got one with "
+                f"{', '.join(changed)}: set them so, or start anew with --overwrite"
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Cut if it is time, unless the fit resumes from after the last cut.
@@ -139,22 +201,33 @@ class CuttingCallback(Callback):
             pl_module.recut(trainer, partial(self._cut, trainer, pl_module, drawn))
 
     def _cut(self, trainer: Trainer, pl_module: Any, drawn: Any) -> Layout:
-        layout = self.cut(trainer, pl_module, drawn)
+        with noting() as notes:
+            layout = self.cut(trainer, pl_module, drawn)
         self.iteration += 1
         reached = {key: 1 - n / self.original[key] for key, n in sizes_of(pl_module).items()}
         self.finished = self.is_last(reached)
         pl_module.pruning_ahead = not self.finished
-        self._record(trainer, pl_module, reached)
+        self._record(trainer, pl_module, reached, of_all(notes, trainer))
         return layout
 
-    def _record(self, trainer: Trainer, pl_module: PrunableLM, reached: dict[str, float]) -> None:
+    def _record(
+        self,
+        trainer: Trainer,
+        pl_module: Prunable,
+        reached: dict[str, float],
+        notes: Sequence[str] = (),
+    ) -> None:
         """Write down what was done, and log it."""
-        entry = {
+        entry: dict[str, Any] = {
             "base": pl_module.pretrained,
             "method": self.method,
             "options": self.options(),
-            "sparsity": {"target": self.sparsity, **reached},
+            "sparsity": {"target": self.goal(pl_module), **reached},
         }
+        before = pl_module.history[-1].get("warnings", []) if self.iteration > 1 else []
+        if notes or before:
+            entry["warnings"] = list(dict.fromkeys([*before, *notes]))
+        self._warn_of_miss(entry["sparsity"])
         if self.iteration > 1:
             pl_module.history[-1] = entry
         else:
@@ -164,8 +237,16 @@ class CuttingCallback(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 
+    def _warn_of_miss(self, sparsity: Mapping[str, float]) -> None:
+        target, reached = sparsity["target"], sparsity["decoder"]
+        if self.finished and abs(reached - target) > TOLERANCE:
+            rank_zero_warn(
+                f"expected to remove {target:.2%} of the decoder's parameters, {self.method} "
+                f"removed {reached:.2%}; smaller multiples, or axes with smaller units, come nearer"
+            )
 
-def sizes_of(pl_module: PrunableLM) -> dict[str, int]:
+
+def sizes_of(pl_module: Prunable) -> dict[str, int]:
     """Parameters of the decoder layers and of all (``total``)."""
     model, structure = pl_module.model, pl_module.structure
     return {

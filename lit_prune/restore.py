@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from lit_prune.cli.checkpoints import damage
 from lit_prune.errors import UserError
 from lit_prune.module import PrunableLM
 
@@ -118,6 +119,8 @@ def _age(path: Path) -> tuple[bool, float]:
 
 def _read(path: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
     try:
+        if damage(path) is not None:
+            raise EOFError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError):
         say(f"{path} is no whole checkpoint, it is passed over")

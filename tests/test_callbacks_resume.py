@@ -39,11 +39,6 @@ from tests.two_ranks import fit
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 class Pause(Callback):
     """Uses up random numbers, as an evaluation between two runs may."""
 

@@ -40,11 +40,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def fasp(**options: Any) -> FASPPruning:
     return FASPPruning(**{"samples": 8, "length": 16, **options})
 
@@ -143,6 +138,44 @@ def test_a_fit_resumes_what_a_layout_does_not_tell(tmp_path: Path, kind: str, re
     assert_same(*ends)
 
 
+class CutTwice(Callback):
+    """Cuts evenly after the first step, so that a stock config fits, and unevenly after the second.
+
+    The exported config must not depend on whether a resume made one cut of the two.
+    """
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any, **__: Any) -> None:
+        layout = Layout.full(pl_module.structure.widths)
+        if trainer.global_step == 1:
+            for number in range(len(layout.layers)):
+                layout = layout.replace_layer(number, {"channel": torch.arange(16)})
+        elif trainer.global_step == 2:
+            layout = layout.replace_layer(1, {"channel": torch.arange(0, 16, 2)})
+        else:
+            return
+
+        def change() -> Layout:
+            cut(pl_module.model, pl_module.structure, layout)
+            return layout
+
+        pl_module.recut(trainer, change)
+
+
+def test_the_config_is_that_of_one_run(tmp_path: Path):
+    source = save_model(tmp_path / "dense")
+    for part, step in (("whole", None), ("from1", 1), ("from2", 2), ("from3", 3)):
+        path = None if step is None else checkpoint(tmp_path / "whole", step)
+        module = load(source)
+        run(tmp_path / part, module, CutTwice(), ExportCheckpoint(), max_steps=4, ckpt_path=path)
+        assert not module.is_stock
+        for name in ("config.json", "model.safetensors"):
+            expected = (tmp_path / "whole" / "pruned" / name).read_bytes()
+            assert (tmp_path / part / "pruned" / name).read_bytes() == expected, (part, name)
+    assert (
+        json.loads((tmp_path / "whole/pruned/config.json").read_text())["intermediate_size"] == 20
+    )
+
+
 def test_a_checkpoint_holds_plain_types_only(tmp_path: Path):
     module = load(save_model(tmp_path / "dense"))
     callbacks = [fasp(), LoRARecovery(rank=2), Distillation(), GainLossReport()]
@@ -160,11 +193,19 @@ def test_a_checkpoint_holds_plain_types_only(tmp_path: Path):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, phase: str):
     source = save_model(tmp_path / "dense")
     run(tmp_path / "run", load(source), CutAt(0 if phase == "after" else 9), max_steps=1)
-    for number, (name, changes) in enumerate(
-        [("gemma3", {}), ("llama", {"intermediate_size": 24}), ("llama", {"num_hidden_layers": 2})]
+    for number, (name, changes, words) in enumerate(
+        [
+            ("gemma3", {}, r"a gemma3_text model, got one of a llama model.*; give"),
+            (
+                "llama",
+                {"intermediate_size": 24},
+                r"a llama model with channel 20 \(here 24\) in layer 0, channel .* layer 2; give",
+            ),
+            ("llama", {"num_hidden_layers": 2}, r"a llama model with 3 layers \(here 2\); give"),
+        ]
     ):
         other = load(save_model(tmp_path / f"other{number}", name, **changes))
-        with pytest.raises(UserError, match=r"expected a checkpoint of .*got one of a llama"):
+        with pytest.raises(UserError, match=rf"expected a checkpoint of .*{words}"):
             run(tmp_path / f"run{number}", other, ckpt_path=checkpoint(tmp_path / "run", 1))
 
 

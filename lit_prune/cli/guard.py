@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from lit_prune.errors import UserError
 
@@ -15,7 +18,40 @@ OK, BUG, USER_ERROR, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 _FULL = {errno.ENOSPC: "disk full", errno.EFBIG: "file too large", errno.EDQUOT: "quota exceeded"}
 # Writers in Rust and C++ hand on the same failures as text only.
 _FULL_TEXTS = ("No space left on device", "os error 28", "os error 27", "os error 122")
+#: What torch's allocator on the CPU says, in a RuntimeError.
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 _PATIENCE = 3.0
+
+
+class Terminated(SystemExit):
+    """SIGTERM came, and what could be saved is saved."""
+
+
+class Termination:
+    """What SIGTERM does: end the command at once, or wait for a place where it can be saved.
+
+    Attributes:
+        deferred: Whether it waits.
+        asked: Whether it came.
+    """
+
+    def __init__(self) -> None:
+        self.deferred, self.asked = False, False
+
+    def arm(self) -> Any:
+        """Take the signal over; returns what it did before, or None outside of the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            return None
+        return signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_: Any) -> None:
+        self.asked = True
+        if not self.deferred:
+            raise Terminated(TERMINATED)
+
+
+#: Of this process.
+termination = Termination()
 
 
 def is_rank_zero() -> bool:
@@ -44,6 +80,18 @@ def guarded(action: Callable[[], None]) -> int:
         terminated, 1 after the traceback of anything else.
     """
     parent = os.getppid()
+    termination.deferred, termination.asked = False, False
+    before = termination.arm()
+    try:
+        return _ended(action, parent)
+    except Terminated as end:  # on its way out
+        return _exit_code(end)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _ended(action: Callable[[], None], parent: int) -> int:
     try:
         action()
     except KeyboardInterrupt:
@@ -56,6 +104,8 @@ def guarded(action: Callable[[], None]) -> int:
     except BaseException as error:
         message = user_message(error)
         if message is None:
+            if termination.asked and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+                return _terminated()  # another process ended, and this one lost the connection
             traceback.print_exc()
             return BUG
         if is_rank_zero() or not _parent_ended(parent):
@@ -79,9 +129,9 @@ def user_message(error: BaseException) -> str | None:
         # By name: this module must not import Lightning.
         if any(base.__name__ == "MisconfigurationException" for base in type(link).__mro__):
             return str(link)
-        full = _disk_full(link)
-        if full is not None:
-            return full
+        found = _disk_full(link) or _out_of_memory(link)
+        if found is not None:
+            return found
     return None
 
 
@@ -102,16 +152,33 @@ def _disk_full(error: BaseException) -> str | None:
     return f"{what} {where}: free some space or choose another --trainer.default_root_dir"
 
 
+def _out_of_memory(error: BaseException) -> str | None:
+    names = {base.__name__ for base in type(error).__mro__}
+    if not names & {"MemoryError", "OutOfMemoryError"} and _NO_MEMORY not in str(error):
+        return None
+    first = str(error).partition("\n")[0]
+    return (
+        f"out of memory ({first[:120]}): lower --data.batch_size or --data.length, or set "
+        "--model.gradient_checkpointing true"
+    )
+
+
 def _exit_code(end: SystemExit) -> int:
     if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's answer to Ctrl-C
         return _interrupted()
-    if type(end).__name__ == "SIGTERMException":
-        say("terminated; an interrupted run goes on with --ckpt_path last")
-        return TERMINATED
+    if isinstance(end, Terminated) or type(end).__name__ == "SIGTERMException":
+        return _terminated()
     if end.code is None or isinstance(end.code, int):
         return end.code or OK
     say(str(end.code))
     return BUG
+
+
+def _terminated() -> int:
+    if not is_rank_zero():
+        return OK  # Lightning kills the first process when another one ends with a code
+    say("terminated; an interrupted run goes on with --ckpt_path last")
+    return TERMINATED
 
 
 def _interrupted() -> int:

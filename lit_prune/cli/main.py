@@ -7,28 +7,30 @@ import pickle
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 import lit_prune
+from lit_prune.cli.checkpoints import FOLDER, find_checkpoint
+from lit_prune.cli.guard import say
 from lit_prune.cli.parser import OneLineErrors
 from lit_prune.cli.results import print_metrics, print_predictions
-from lit_prune.cli.runfolder import RunFolder, find_checkpoint
+from lit_prune.cli.runfolder import RunFolder
+from lit_prune.cli.runlog import KeepMetrics, RunLog
 from lit_prune.cli.saving import (
     AtomicCheckpointIO,
-    LastCheckpoint,
     RunConfigCallback,
-    UntrainedCheckpoint,
+    add_checkpoints,
 )
 from lit_prune.errors import UserError
+from lit_prune.refit import STRATEGIES, check_strategy
 
 DEFAULT_FOLDER = "lit-prune-run"
 _DESCRIPTIONS = {
@@ -118,7 +120,7 @@ class PruneCLI(LightningCLI):
             if config.stock:
                 config.model.stock = True
             if config.sparsity is not None:
-                _set_sparsity(config)
+                set_sparsity(config)
             self.folder = RunFolder(
                 config.trainer.default_root_dir,
                 overwrite=config.overwrite,
@@ -143,10 +145,11 @@ class PruneCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         fits = self.subcommand == "fit"
         root = Path(config["default_root_dir"]).expanduser()
-        if config.get("logger") in (None, True):
-            config["logger"] = CSVLogger(root, name="logs") if fits else False
         given = config.get("callbacks") or []
         config["callbacks"] = given if isinstance(given, list) else [given]
+        if config.get("logger") in (None, True):
+            config["logger"] = log = RunLog(root) if fits else False
+            config["callbacks"] += [KeepMetrics(log)] if log else []
         if config.get("max_steps") == 0:
             config["callbacks"] = [
                 callback
@@ -156,10 +159,10 @@ class PruneCLI(LightningCLI):
             if fits and self.config["fit"].no_recovery:
                 steps = [getattr(callback, "last_step", 0) for callback in config["callbacks"]]
                 config["max_steps"] = max(steps, default=0)  # some train before they cut
-        if fits and config.get("enable_checkpointing") is not False:
-            _place_checkpoints(config["callbacks"], root / "checkpoints")
-            if config.get("max_steps") == 0:  # first in the list: before anything is merged
-                config["callbacks"].insert(0, UntrainedCheckpoint(root / "checkpoints"))
+        if fits:
+            add_checkpoints(config, root / FOLDER)
+            if config["strategy"] in StrategyRegistry:  # before what it needs is asked for
+                check_strategy(StrategyRegistry[config["strategy"]]["strategy"])
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
         except (ValueError, TypeError) as error:  # nothing but the options has been looked at
@@ -172,8 +175,9 @@ class PruneCLI(LightningCLI):
                 "expected a strategy whose processes each run the command, such as ddp, got "
                 f"{config['strategy']}, which would leave the pruned model in its workers"
             )
-        plain = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
-        if plain and type(strategy.checkpoint_io) is TorchCheckpointIO:
+        if fits:
+            check_strategy(type(strategy))
+        if isinstance(strategy, STRATEGIES) and type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
@@ -244,7 +248,9 @@ def _protocol(data: Any, role: str) -> dict[str, Any]:
 def _find_for_reading(config: Any) -> None:
     """Resolve the checkpoint that validate, test or predict shall read."""
     folder, wanted = Path(config.trainer.default_root_dir), config.ckpt_path
-    config.ckpt_path = find_checkpoint(folder, wanted)
+    config.ckpt_path, passed = find_checkpoint(folder, wanted)
+    if passed:
+        say(f"{'; '.join(passed)}: reading {config.ckpt_path}")
     if wanted and not config.ckpt_path:
         raise UserError(
             f"expected {folder}/checkpoints/last.ckpt, which does not exist: name the run's folder "
@@ -252,11 +258,14 @@ def _find_for_reading(config: Any) -> None:
         )
 
 
-def _set_sparsity(config: Any) -> None:
+def set_sparsity(config: Any) -> None:
     """Hand the shorthand's value to the pruning callback.
 
+    Args:
+        config: The parsed arguments of a command.
+
     Raises:
-        UserError: There is none, or more than one.
+        UserError: There is none, or more than one, or its sparsity would not count.
     """
     callbacks = config.trainer.callbacks or []
     targets = [item for item in callbacks if "sparsity" in (item.get("init_args") or {})]
@@ -265,22 +274,11 @@ def _set_sparsity(config: Any) -> None:
             f"expected one callback that takes a sparsity, got {len(targets)}; name a "
             "configuration that prunes, such as --config fasp, before --sparsity"
         )
-    targets[0].init_args.sparsity = config.sparsity
-
-
-def _place_checkpoints(callbacks: list[Callback], folder: Path) -> None:
-    """Send checkpoints that name no folder to the run's, and make some if none are asked for."""
-    found = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
-    for callback in found:
-        if callback.dirpath is None:
-            callback.dirpath = str(folder.resolve())
-    if not found:
-        callbacks.append(
-            LastCheckpoint(
-                folder,
-                save_last=True,
-                save_top_k=0,
-                every_n_train_steps=50,
-                enable_version_counter=False,
-            )
+    owner: Any = locate(targets[0].class_path)
+    instead = getattr(owner, "instead_of_sparsity", lambda options: None)(targets[0].init_args)
+    if instead is not None:
+        raise UserError(
+            f"expected --sparsity or {instead}, which says how much goes in its place, got both; "
+            f"leave out --sparsity or set {instead} to null"
         )
+    targets[0].init_args.sparsity = config.sparsity

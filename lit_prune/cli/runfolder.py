@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from lit_prune.cli.guard import is_rank_zero
+from lit_prune.cli.checkpoints import DAMAGED, FOLDER, LAST, find_checkpoint
+from lit_prune.cli.guard import is_rank_zero, say
 from lit_prune.errors import UserError
 
 RUN_ENTRIES = ("config.yaml", "checkpoints", "pruned", "report.json", "logs", "adapter")
 ASIDE = ".replaced-"
 CONFIG_MARK = "lit_prune=="
 LINEAGE_FILE = "lit_prune.json"  # as in lit_prune.export, which is not imported for its name
-_KEYWORDS = ("best", "hpc")
 
 
 class RunFolder:
@@ -56,7 +55,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"expected a folder for the run, got the file {self.path}")
         self._before = set(_names(self.path))
-        self.ckpt_path = self._checkpoint(ckpt_path)
+        self.ckpt_path, self._passed = self._checkpoint(ckpt_path)
         if self.acts:
             self._check(resumes=ckpt_path is not None)
 
@@ -68,6 +67,8 @@ class RunFolder:
             self._make()
             if self._replace and self._entries():
                 self._move_aside()
+            elif self.ckpt_path is not None:
+                self._tidy_checkpoints()
         except OSError as error:
             self._restore()
             raise UserError(
@@ -90,8 +91,8 @@ class RunFolder:
                 self._restore()
         return False
 
-    def _checkpoint(self, wanted: str | None) -> str | None:
-        found = find_checkpoint(self.path, wanted)
+    def _checkpoint(self, wanted: str | None) -> tuple[str | None, list[str]]:
+        found, passed = find_checkpoint(self.path, wanted)
         if wanted == "last" and found is None:
             if worth_keeping(self.path):
                 raise UserError(
@@ -99,7 +100,20 @@ class RunFolder:
                     "has results without it: give --ckpt_path a file, or --overwrite to start anew"
                 )
             self._replace = True  # killed before its first checkpoint: starting anew loses nothing
-        return found
+            if self.acts and self._entries():
+                say(f"{self.path} holds a run without a checkpoint yet: it starts anew")
+        if self.acts and passed:
+            say(f"{'; '.join(passed)}: going on from {found}")
+        return found, passed
+
+    def _tidy_checkpoints(self) -> None:
+        """Remove what a kill left half-written, and put a damaged checkpoint out of the way."""
+        folder = self.path / FOLDER
+        for path in folder.glob(".*.ckpt.tmp*"):
+            _remove(path)
+        last = folder / LAST
+        if self._passed and str(last) != self.ckpt_path and last.is_file():
+            last.replace(folder / f"{LAST}{DAMAGED}")
 
     def _check(self, *, resumes: bool) -> None:
         entries = self._entries()
@@ -161,32 +175,6 @@ class RunFolder:
         for name in _names(self.path):
             if name.startswith(ASIDE):
                 _remove(self.path / name)
-
-
-def find_checkpoint(folder: Path, wanted: str | None) -> str | None:
-    """Resolve `--ckpt_path`.
-
-    Args:
-        folder: The run's folder.
-        wanted: A path, `last` for the folder's own, a word that Lightning knows, or None.
-
-    Returns:
-        The path, or None if none is wanted or the folder has none yet.
-
-    Raises:
-        UserError: The path does not exist.
-    """
-    if wanted is None or wanted in _KEYWORDS or re.match(r"\w+:", wanted):
-        return wanted
-    if wanted == "last":
-        last = folder / "checkpoints" / "last.ckpt"
-        return str(last) if last.exists() else None
-    if not Path(wanted).exists():
-        raise UserError(
-            f"expected a checkpoint file as --ckpt_path, got {wanted}, which does not exist: give "
-            "an existing one, or 'last' for that of the run's folder"
-        )
-    return wanted
 
 
 def is_run_entry(name: str) -> bool:

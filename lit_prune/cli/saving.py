@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from jsonargparse import Namespace
@@ -15,6 +15,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lit_prune.cli.checkpoints import LAST, PREVIOUS
+from lit_prune.cli.stopping import StopWhenTerminated
+from lit_prune.errors import UserError
 
 # Shorthands of the command line: what they did is in the other keys, and a configuration that
 # overwrites or resumes by itself would be a trap.
@@ -22,11 +27,12 @@ COMMAND_LINE_ONLY = ("overwrite", "no_recovery", "stock", "sparsity", "ckpt_path
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """Open a file that appears under its name only when all of it is written.
 
     Args:
         path: Where the file goes; its folder exists.
+        previous: Where a file that is there goes, instead of being replaced.
 
     Yields:
         The open file.
@@ -37,6 +43,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            path.replace(previous)
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -46,7 +54,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps only `last.ckpt`, and has the last step in it.
+    """Keeps `last.ckpt`, with the last step in it, and the one before it.
 
     The stock callback saves at the end of training only if it never saved before.
     """
@@ -60,7 +68,8 @@ class LastCheckpoint(ModelCheckpoint):
 class RunConfigCallback(SaveConfigCallback):
     """Writes `config.yaml` into the run's folder when a fit starts.
 
-    The stock callback aborts where the file exists, which it does on every resume.
+    The stock callback aborts where the file exists, which it does on every resume. This one refuses
+    to go on from a checkpoint without the callback that cuts.
     """
 
     def __init__(
@@ -78,6 +87,25 @@ class RunConfigCallback(SaveConfigCallback):
         """Write the file, in a fit only."""
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Miss callbacks that prune; Lightning leaves out silently what a run does not list.
+
+        Raises:
+            UserError: The checkpoint was made with one that this run does not have.
+        """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        listed = {callback.state_key for callback in cast(Any, trainer).callbacks}
+        for key, state in checkpoint["callbacks"].items():
+            if key not in listed and "made_with" in state:
+                raise UserError(
+                    f"expected the callback that the checkpoint was made with, {key}, among "
+                    "trainer.callbacks, got none; go on with the run's own config.yaml, or start "
+                    "anew with --overwrite"
+                )
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file; Lightning calls this on the first rank only."""
@@ -119,7 +147,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         # Through memory: torch.save aborts the process when its file fails under it.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        with atomic_write(target) as file:
+        previous = target.with_name(PREVIOUS) if target.name == LAST else None
+        with atomic_write(target, previous) as file:
             file.write(buffer.getbuffer())
 
 
@@ -136,7 +165,7 @@ class UntrainedCheckpoint(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it, unless the fit resumed from a trained one."""
         if trainer.global_step == 0:
-            trainer.save_checkpoint(self.folder / "last.ckpt")
+            trainer.save_checkpoint(self.folder / LAST)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -144,3 +173,36 @@ class UntrainedCheckpoint(Callback):
         """Leave out optimizers that never stepped: a fit that goes on has its own, of adapters."""
         if trainer.global_step == 0:
             checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
+
+
+def add_checkpoints(config: dict[str, Any], folder: Path) -> None:
+    """Save now and then, at the end and on SIGTERM, unless the trainer shall not save.
+
+    Args:
+        config: The trainer's arguments; its list of callbacks gets more.
+        folder: Where checkpoints go that name no folder.
+    """
+    saves, callbacks = config.get("enable_checkpointing") is not False, config["callbacks"]
+    if saves:
+        _place_checkpoints(callbacks, folder)
+        if config.get("max_steps") == 0:  # first in the list: before anything is merged
+            callbacks.insert(0, UntrainedCheckpoint(folder))
+    callbacks.append(StopWhenTerminated(folder / LAST if saves else None))
+
+
+def _place_checkpoints(callbacks: list[Callback], folder: Path) -> None:
+    """Send checkpoints that name no folder to the run's, and make some if none are asked for."""
+    found = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+    for callback in found:
+        if callback.dirpath is None:
+            callback.dirpath = str(folder.resolve())
+    if not found:
+        callbacks.append(
+            LastCheckpoint(
+                folder,
+                save_last=True,
+                save_top_k=0,
+                every_n_train_steps=50,
+                enable_version_counter=False,
+            )
+        )

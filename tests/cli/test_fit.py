@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from tests.tiny_fit import write_text
 _ELSEWHERE = """
 import sys
 sys.modules["lit_prune"] = None
+import csv
 import json
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -222,6 +224,42 @@ def test_a_second_run_is_refused_replaced_or_resumed(
     assert step["options"]["axes"] == ["group", "channel"]
 
 
+def test_a_resume_without_what_pruned_is_refused(
+    workspace: Workspace, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(workspace, here) == 0
+    before = snapshot(here)
+    capfd.readouterr()
+    assert fit(workspace, here, "--ckpt_path", "last", without=["FASPPruning"]) == 2
+    err = capfd.readouterr().err.splitlines()
+    assert "the callback that the checkpoint was made with, FASPPruning, among" in err[-1]
+    assert {name: entry for name, entry in snapshot(here).items() if "config" not in name} == {
+        name: entry for name, entry in before.items() if "config" not in name
+    }
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    workspace: Workspace, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The last one has a flipped bit in its tensors, which torch does not see."""
+    assert fit(workspace, here) == 0
+    run = here / "run"
+    weights = (run / "pruned/model.safetensors").read_bytes()
+    (run / "checkpoints/previous.ckpt").write_bytes((run / "checkpoints/last.ckpt").read_bytes())
+    content = bytearray((run / "checkpoints/last.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (run / "checkpoints/last.ckpt").write_bytes(content)
+    capfd.readouterr()
+    assert fit(workspace, here, "--ckpt_path", "run/checkpoints/last.ckpt") == 2
+    assert "last.ckpt, which is damaged (wrong checksum of " in capfd.readouterr().err
+    assert fit(workspace, here, "--ckpt_path", "last") == 0
+    assert "last.ckpt is damaged" in (err := capfd.readouterr().err)
+    assert "going on from run/checkpoints/previous.ckpt" in err
+    assert (run / "pruned/model.safetensors").read_bytes() == weights
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"last.ckpt.damaged", "previous.ckpt"}
+
+
 def test_a_pruned_model_is_pruned_again(workspace: Workspace, here: Path, finished: Path) -> None:
     changes: dict[str, Any] = {"model": {"pretrained": str(finished / "pruned")}}
     assert fit(workspace, here, fasppruning={"sparsity": 0.1}, **changes) == 0
@@ -319,3 +357,14 @@ def test_validate_is_lightnings_own_measure(workspace: Workspace, here: Path) ->
     assert result["val/perplexity"] == pytest.approx(
         evaluation.perplexity(module.model, batches).value, rel=1e-6
     )
+
+
+def test_a_value_that_is_not_logged_any_more_is_not_repeated(
+    workspace: Workspace, here: Path
+) -> None:
+    assert fit(workspace, here, fasppruning={"start": 1}, trainer={"max_steps": 3}) == 0
+    with (here / "run/logs/version_0/metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    losses = [row for row in rows if row["train/task"]]
+    assert [bool(row["train/dense_loss"]) for row in losses] == [True, False, False]
+    assert [bool(row["train/recovery_loss"]) for row in losses] == [False, True, True]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from lit_prune.cli import guard
-from lit_prune.cli.guard import guarded, is_rank_zero
+from lit_prune.cli.guard import guarded, is_rank_zero, termination
 from lit_prune.errors import UserError
 
 
@@ -68,6 +70,22 @@ def test_a_writer_that_hands_on_text_only(capsys: pytest.CaptureFixture[str]) ->
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError("Unable to allocate 8. GiB"),
+    ],
+)
+def test_no_memory_is_one_line(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
+    assert end(error) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("lit-prune: error: out of memory (")
+    assert err.endswith("set --model.gradient_checkpointing true\n")
+    assert err.count("\n") == 1
+
+
 def test_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert end(ValueError("a bug")) == 1
     err = capsys.readouterr().err
@@ -104,6 +122,56 @@ def test_interrupts(capsys: pytest.CaptureFixture[str]) -> None:
     assert end(KeyboardInterrupt()) == 130
     assert guarded(lightning) == 130
     assert capsys.readouterr().err.count("\n") == 2
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("rank", "code"), [("0", 143), ("1", 0)])
+def test_termination(
+    rank: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    done: list[int] = []
+
+    def action() -> None:
+        terminate()
+        done.append(1)
+
+    for _ in range(2):
+        assert guarded(action) == code
+    assert done == []
+    assert capsys.readouterr().err.count("lit-prune: terminated;") == (2 if rank == "0" else 0)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_termination_waits_while_it_is_deferred() -> None:
+    done: list[bool] = []
+
+    def action() -> None:
+        termination.deferred = True
+        terminate()
+        done.append(termination.asked)
+
+    assert guarded(action) == 0
+    assert done == [True]
+    assert guarded(lambda: done.append(termination.asked)) == 0
+    assert done == [True, False]
+
+
+@pytest.mark.parametrize(("processes", "code"), [("1", 1), ("2", 143)])
+def test_a_connection_lost_in_termination(
+    processes: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", processes)
+
+    def action() -> None:
+        termination.deferred = True
+        terminate()
+        raise RuntimeError("Connection closed by peer")
+
+    assert guarded(action) == code
 
 
 @pytest.mark.parametrize(

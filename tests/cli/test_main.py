@@ -166,7 +166,8 @@ def test_recovery_is_kept_otherwise(run: Run, tmp_path: Path) -> None:
         (["validate", "--overwrite"], "got --overwrite"),
         (["fit", "--trainer.max_steps", "three"], "--trainer.max_steps: expected int, got three"),
         (["fit", "--ckpt_path", "none.ckpt"], "got none.ckpt, which does not exist"),
-        (["fit", "--ckpt_path", "broken.ckpt"], "got broken.ckpt, which cannot be read"),
+        (["fit", "--ckpt_path", "broken.ckpt"], "got broken.ckpt, which is truncated or no check"),
+        (["fit", "--ckpt_path", "other.ckpt"], "got other.ckpt, which cannot be read"),
         (["validate", "--ckpt_path", "last"], "last.ckpt, which does not exist"),
         (["fit", "--trainer.callbacks+=standin.Bom"], "has no attribute 'Bom'"),
         (["fit", "--config", "typo.yaml"], "did you mean trainer.max_steps?"),
@@ -177,6 +178,7 @@ def test_bad_input_is_one_line(
     run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str], args: list[str], words: str
 ) -> None:
     (tmp_path / "broken.ckpt").write_bytes(b"PK\x03\x04 half a file")
+    (tmp_path / "other.ckpt").write_bytes(b"PK\5\6" + bytes(18))  # an archive, of something else
     (tmp_path / "typo.yaml").write_text("trainer:\n  max_stps: 3\n")
     before = listing(tmp_path)
     assert run(*args) == 2

@@ -30,7 +30,13 @@ def listing(path: Path) -> dict[str, str | None]:
 def write(folder: Path, *names: str, text: str = "old") -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(_CONFIG if name == "config.yaml" else text)
+        content = whole(text) if name.endswith(".ckpt") else text
+        (folder / name).write_text(_CONFIG if name == "config.yaml" else content)
+
+
+def whole(text: str) -> str:
+    """An empty archive, as checkpoints are archives, with a comment."""
+    return "PK\5\6" + "\0" * 16 + f"{chr(len(text))}\0{text}"
 
 
 def fail(folder: Path, *writes: str, **arguments: object) -> None:
@@ -119,7 +125,7 @@ def test_overwrite_keeps_both_when_the_new_run_has_results(tmp_path: Path) -> No
     write(tmp_path, "config.yaml", "pruned/model")
     fail(tmp_path, "config.yaml", "checkpoints/last.ckpt", overwrite=True)
     names = listing(tmp_path)
-    assert names["checkpoints/last.ckpt"] == "new"
+    assert names["checkpoints/last.ckpt"] == whole("new")
     assert names[f"{ASIDE}{os.getpid()}/pruned/model"] == "old"
     with RunFolder(tmp_path, ckpt_path="last"):
         pass
@@ -178,11 +184,50 @@ def test_last_in_a_folder_that_is_not_there_starts_afresh(tmp_path: Path) -> Non
     assert run.ckpt_path is None
 
 
-@pytest.mark.parametrize("name", ["pruned/model", "checkpoints/step=3.ckpt"])
-def test_last_never_replaces_results(tmp_path: Path, name: str) -> None:
-    write(tmp_path, "config.yaml", name)
+def test_a_fresh_start_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RunFolder(tmp_path, ckpt_path="last")
+    assert capsys.readouterr().err == ""
+    write(tmp_path, "config.yaml")
+    RunFolder(tmp_path, ckpt_path="last")
+    err = capsys.readouterr().err
+    assert err == f"lit-prune: {tmp_path} holds a run without a checkpoint yet: it starts anew\n"
+
+
+def test_last_never_replaces_results(tmp_path: Path) -> None:
+    write(tmp_path, "config.yaml", "pruned/model")
     with pytest.raises(UserError, match=r"last\.ckpt"):
         RunFolder(tmp_path, ckpt_path="last")
+
+
+def test_last_passes_over_a_damaged_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoints"
+    write(tmp_path, "config.yaml", "checkpoints/previous.ckpt", "checkpoints/.last.ckpt.tmp3")
+    (folder / "last.ckpt").write_text("PK")
+    run = RunFolder(tmp_path, ckpt_path="last")
+    assert run.ckpt_path == str(folder / "previous.ckpt")
+    err = capsys.readouterr().err
+    assert err.startswith(f"lit-prune: {folder}/last.ckpt is truncated or no checkpoint (")
+    assert err.endswith(f": going on from {folder}/previous.ckpt\n")
+    assert (folder / "last.ckpt").exists()
+    monkeypatch.setenv("RANK", "1")
+    with RunFolder(tmp_path, ckpt_path="last") as other:  # another process decides the same
+        assert other.ckpt_path == run.ckpt_path
+    assert capsys.readouterr().err == ""
+    monkeypatch.delenv("RANK")
+    with run:  # the next checkpoint must not push the whole one out
+        assert sorted(os.listdir(folder)) == ["last.ckpt.damaged", "previous.ckpt"]
+
+
+def test_last_with_nothing_whole(tmp_path: Path) -> None:
+    write(tmp_path, "config.yaml", "checkpoints/x")
+    for name in ("last", "previous"):
+        (tmp_path / f"checkpoints/{name}.ckpt").write_text("")
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match=r"last\.ckpt is trunc.*previous\.ckpt is .*--overwrite"):
+        RunFolder(tmp_path, ckpt_path="last")
+    assert listing(tmp_path) == before
 
 
 def test_a_path_resumes_and_must_exist(tmp_path: Path) -> None:

@@ -42,6 +42,15 @@ def test_a_checkpoint_round_trip(tmp_path: Path) -> None:
     assert [child.name for child in path.parent.iterdir()] == ["last.ckpt"]
 
 
+def test_the_checkpoint_before_the_last_is_kept(tmp_path: Path) -> None:
+    plugin = AtomicCheckpointIO()
+    for step in (1, 2, 3):
+        plugin.save_checkpoint({"step": step}, tmp_path / "last.ckpt")
+        plugin.save_checkpoint({"step": step}, tmp_path / "other.ckpt")
+    found = {path.name: torch.load(path, weights_only=True)["step"] for path in tmp_path.iterdir()}
+    assert found == {"last.ckpt": 3, "previous.ckpt": 2, "other.ckpt": 3}
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

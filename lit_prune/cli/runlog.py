@@ -1,0 +1,136 @@
+"""The table of metrics of a run, which goes on where a resumed fit does."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_prune.cli.saving import atomic_write
+
+
+class _Table(ExperimentWriter):
+    """Lightning's writer, but it appends to the file that is there."""
+
+    rows = 0
+
+    def _check_log_dir_exists(self) -> None:
+        """Go on with the columns and rows that are there; Lightning deletes them."""
+        header, rows = self._read()
+        self.metrics_keys, self.rows = header, len(rows)
+
+    def save(self) -> None:
+        """Append what is new."""
+        added = len(self.metrics)
+        super().save()
+        self.rows += added
+
+    def cut_back(self, rows: int, step: int | None) -> None:
+        """Drop what was logged after a checkpoint.
+
+        Args:
+            rows: Rows that were there when it was made.
+            step: The step of the row that comes right after it, if that is of the saved step.
+        """
+        header, found = self._read()
+        after = found[rows : rows + 1]
+        if after and after[0][header.index("step")] != str(step):
+            after = []
+        kept = [*found[:rows], *after]
+        if header:
+            self._write([header, *kept])
+        self.rows = len(kept)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Add columns, at once."""
+        header, rows = self._read()
+        cells = [dict(zip(header, row, strict=True)) for row in rows]
+        self._write([fieldnames, *([row.get(key, "") for key in fieldnames] for row in cells)])
+
+    def _read(self) -> tuple[list[str], list[list[str]]]:
+        path = Path(self.metrics_file_path)
+        if not path.is_file():
+            return [], []
+        text = path.read_text(encoding="utf-8")
+        lines = text[: text.rfind("\n") + 1].splitlines()  # a kill may cut the last one off
+        header, *rows = [*csv.reader(lines)] or [[]]
+        return header, rows
+
+    def _write(self, rows: list[list[str]]) -> None:
+        path = Path(self.metrics_file_path)
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(rows)
+        with atomic_write(path) as file:
+            file.write(text.getvalue().encode())
+
+
+class RunLog(CSVLogger):
+    """`logs/version_0/metrics.csv` in a run's folder, each row written when it is logged.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, name="logs", version=0, flush_logs_every_n_steps=1)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The table, opened when it is first asked for."""
+        if self._experiment is None:
+            self._experiment = _Table(log_dir=self.log_dir)
+        return self._experiment
+
+
+class KeepMetrics(Callback):
+    """Cuts a log back to the checkpoint that a fit goes on from.
+
+    Args:
+        log: The log.
+    """
+
+    def __init__(self, log: RunLog) -> None:
+        self.log_of_run = log
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Forget the last step's values.
+
+        Lightning logs them again where a key is not logged any more, as after a cut, which a
+        resumed fit can't do.
+        """
+        for metric in cast(Any, trainer)._results.values():
+            if metric.is_tensor and not metric.meta.on_epoch:
+                metric.reset()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note how many rows there are."""
+        if trainer.is_global_zero:
+            self.log_of_run.save()
+            checkpoint["metrics_rows"] = self.log_of_run.experiment.rows
+
+    @rank_zero_only
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Drop the rows that will come again.
+
+        The saved step's own row is logged after the checkpoint is written, so it won't.
+        """
+        if "metrics_rows" not in checkpoint:  # not made by this command
+            return
+        step, every = checkpoint["global_step"], cast(Any, trainer).log_every_n_steps
+        is_logged = every > 0 and step % every == 0
+        rows = checkpoint["metrics_rows"]
+        self.log_of_run.experiment.cut_back(rows, step - 1 if is_logged else None)

@@ -1,0 +1,97 @@
+"""Damaged checkpoints are found, and the newest whole one is taken."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_prune.cli.checkpoints import damage, find_checkpoint
+from lit_prune.errors import UserError
+
+
+def save(path: Path, when: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"weight": torch.arange(5000.0), "step": 3}, path)
+    os.utime(path, (when, when))
+    return path
+
+
+def flip(path: Path, where: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[where] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_whole_checkpoint_has_no_damage(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.ckpt")
+    assert damage(path) is None
+    assert find_checkpoint(tmp_path, str(path)) == (str(path), [])
+
+
+def test_a_sharded_checkpoint_ends_with_its_metadata(tmp_path: Path) -> None:
+    assert damage(tmp_path) == "is not complete"
+    (tmp_path / "meta.pt").write_bytes(b"")
+    assert damage(tmp_path) is None
+
+
+@pytest.mark.parametrize("size", [0, 10, 500, 10_000, -1])
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path, size: int) -> None:
+    path = save(tmp_path / "x.ckpt")
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match=r"x\.ckpt, which is truncated or no checkpoint \(.*give"):
+        find_checkpoint(tmp_path, str(path))
+
+
+def test_a_flipped_bit_in_a_tensor_is_found(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.ckpt")
+    flip(path, path.stat().st_size // 2)
+    torch.load(path, weights_only=True)  # which torch does not see
+    with pytest.raises(UserError, match=r"x\.ckpt, which is damaged \(wrong checksum of .*data/0"):
+        find_checkpoint(tmp_path, str(path))
+
+
+@pytest.mark.parametrize("place", [1, 30, -10, -40, -100])
+def test_a_flipped_bit_elsewhere_does_no_harm(tmp_path: Path, place: int) -> None:
+    """Found, or in bytes that nobody reads; never an error of Python's."""
+    path = save(tmp_path / "x.ckpt")
+    flip(path, place)
+    if damage(path) is None:
+        assert torch.load(path, weights_only=True)["weight"].equal(torch.arange(5000.0))
+
+
+def test_last_is_the_newest_of_the_last_ones(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    assert find_checkpoint(tmp_path, "last") == (None, [])
+    save(folder / "step=9.ckpt", when=9)
+    save(folder / "previous.ckpt", when=3)
+    (folder / ".last.ckpt.tmp3").write_text("")
+    assert find_checkpoint(tmp_path, "last")[0] == str(folder / "step=9.ckpt")
+    save(folder / "last.ckpt", when=4)
+    assert find_checkpoint(tmp_path, "last")[0] == str(folder / "last.ckpt")
+    save(folder / "last-v1.ckpt", when=5)
+    assert find_checkpoint(tmp_path, "last")[0] == str(folder / "last-v1.ckpt")
+
+
+def test_last_falls_back(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for when, name in enumerate(("previous.ckpt", "step=5.ckpt", "last.ckpt")):
+        save(folder / name, when)
+    flip(folder / "last.ckpt", 9000)
+    found, passed = find_checkpoint(tmp_path, "last")
+    assert found == str(folder / "step=5.ckpt")
+    assert len(passed) == 1
+    assert passed[0].startswith(f"{folder}/last.ckpt is damaged")
+    (folder / "step=5.ckpt").write_bytes(b"")
+    found, passed = find_checkpoint(tmp_path, "last")
+    assert found == str(folder / "previous.ckpt")
+    assert len(passed) == 2
+
+
+def test_words_and_addresses_are_left_to_lightning(tmp_path: Path) -> None:
+    for wanted in (None, "best", "hpc", "s3://bucket/x.ckpt"):
+        assert find_checkpoint(tmp_path, wanted) == (wanted, [])
+    with pytest.raises(UserError, match="which does not exist"):
+        find_checkpoint(tmp_path, "no.ckpt")
