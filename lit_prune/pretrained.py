@@ -87,7 +87,7 @@ def load_pretrained(
     config = load_config(source, **access)
     find_family(config)  # an unknown one is refused before any weights are read
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
-    options["attn_implementation"] = _attention(config, attn_implementation)
+    options["attn_implementation"] = attention_of(config, attn_implementation)
     with said_in_one_line(source):
         if found.pruned:
             model = as_stock(load_pruned(found.place, **options))
@@ -248,8 +248,13 @@ def _without_marks(config: Any) -> Any:
     return config
 
 
-def _attention(config: Any, wanted: str) -> str:
-    """The attention implementation; "eager" where the class has no "sdpa" (Gemma 2)."""
+def attention_of(config: Any, wanted: str) -> str:
+    """The attention implementation; "eager" where the class has no "sdpa" (Gemma 2).
+
+    Args:
+        config: The model's config.
+        wanted: transformers' name of what was asked for.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from lit_prune.export.trial import stock_class

@@ -18,6 +18,7 @@ COMMANDS = {
     "predict": "run a model on the prediction text",
     "inspect": "list what can be cut from a model and what that would save; needs no weights",
     "export": "write the checkpoint of an interrupted or finished run",
+    "prune-streaming": "prune a model larger than memory, layer by layer from files to files",
 }
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 _FUNCTIONS = {
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def help_text() -> str:
     """Build what `lit-prune --help` prints."""
-    commands = "\n".join(f"  {name:<10} {line}" for name, line in COMMANDS.items())
+    commands = "\n".join(f"  {name:<15} {line}" for name, line in COMMANDS.items())
     return _HELP.format(commands=commands, configs=", ".join(shipped_configs()) or "none")
 
 
@@ -149,17 +150,22 @@ def _set_environment() -> None:
 
 def _dispatch(command: str, args: list[str]) -> int:
     _set_environment()
-    if command in _TRAINER_COMMANDS:
-        from lit_prune.cli.guard import guarded
+    if command in _FUNCTIONS:
+        from lit_prune.cli.functions import run_command
 
-        def action() -> None:
+        module, function = _FUNCTIONS[command]
+        return run_command(module, function, args, command)
+
+    from lit_prune.cli.guard import guarded
+
+    def action() -> None:
+        if command in _TRAINER_COMMANDS:
             from lit_prune.cli.main import run
 
             run([command, *args])
+        else:
+            from lit_prune.cli.streaming import run_streaming
 
-        return guarded(action)
+            run_streaming(args)
 
-    from lit_prune.cli.functions import run_command
-
-    module, function = _FUNCTIONS[command]
-    return run_command(module, function, args, command)
+    return guarded(action)

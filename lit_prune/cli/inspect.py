@@ -104,7 +104,8 @@ def _read(source: str, access: Mapping[str, bool]) -> tuple[Structure, Any]:
             if not place.pruned:
                 return Structure.of_config(config)
             widths = config.lit_prune["layout"]["widths"]
-            model = build_pruned(Path(place.place))
+            with torch.device("meta"):
+                model = build_pruned(Path(place.place))
             return Structure.of(model, Widths(widths["shared"], widths["layers"])), model
     except UserError as error:  # this command has the options without a group
         raise UserError(str(error).replace("--model.", "--")) from error

@@ -6,6 +6,8 @@ import copy
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from lit_prune.errors import UserError
 from lit_prune.export import modeling_lit_pruned as pruned
 from lit_prune.export.trial import compare, differences, stock_class, stock_config, stock_trial
 from lit_prune.files import folder_errors, written_at_once
+from lit_prune.wholeness import require_whole
 
 #: Our own file in an export; config.json of a stock export stays stock.
 LINEAGE_FILE = "lit_prune.json"
@@ -51,6 +54,32 @@ def export_checkpoint(
         Whether the checkpoint is stock. If not, it carries a modelling file of its own.
 
     Raises:
+        UserError: There is no room, no permission, `out` holds something else, or the model was
+            left half cut.
+    """
+    require_whole(model)
+    with export_folder(model, out) as folder:
+        return write_export(
+            model,
+            tokenizer,
+            folder,
+            config=config,
+            layout=layout,
+            lineage=lineage,
+            card=card,
+            max_shard_size=max_shard_size,
+        )
+
+
+@contextmanager
+def export_folder(model: Any, out: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside `out` that takes its place if nothing is raised.
+
+    Args:
+        model: What will be written, on meta perhaps; there must be room for its parameters.
+        out: The folder to make; an earlier export is replaced.
+
+    Raises:
         UserError: There is no room, no permission, or `out` holds something else.
     """
     out = Path(out).resolve()
@@ -59,14 +88,45 @@ def export_checkpoint(
         out.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(out)
         _check_room(model, out.parent)
+        with written_at_once(out) as folder:
+            yield folder
+
+
+def write_export(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    config: Any,
+    layout: dict[str, Any],
+    lineage: list[Any],
+    card: str,
+    max_shard_size: int | str = "5GB",
+    weights: bool = True,
+) -> bool:
+    """Write the files of an export; see `export_checkpoint`.
+
+    Args:
+        model: The model; on meta if its weights are not written here.
+        tokenizer: Its tokenizer or None.
+        folder: An empty folder.
+        config: The stock config proposed for the model, or None.
+        layout: What is left of the dense model.
+        lineage: What was done to it.
+        card: Text of its README.md.
+        max_shard_size: Size at which the weights are split into several files.
+        weights: Whether to write them.
+
+    Returns:
+        Whether the checkpoint is stock.
+    """
     stock = config is not None and not differences(model, config)
     twin = stock_trial(model, config) if stock else _pruned_trial(model, layout)
-    with folder_errors(out), written_at_once(out) as folder:
-        _save_model(model, twin, folder, max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        _write_lineage(folder, stock=stock, layout=layout, lineage=lineage)
+    _save_model(model, twin, folder, max_shard_size, weights)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    _write_lineage(folder, stock=stock, layout=layout, lineage=lineage)
     return stock
 
 
@@ -146,12 +206,14 @@ def _pruned_trial(model: Any, layout: dict[str, Any]) -> Any:
     return twin
 
 
-def _save_model(model: Any, twin: Any, folder: Path, max_shard_size: int | str) -> None:
+def _save_model(
+    model: Any, twin: Any, folder: Path, max_shard_size: int | str, weights: bool
+) -> None:
     """Save through the twin: same tensors, but the config and class that a reader will have."""
     twin.load_state_dict(model.state_dict(), strict=True, assign=True)
     twin.tie_weights()
     twin.generation_config = _valid_generation_config(model)
-    twin.save_pretrained(folder, max_shard_size=max_shard_size)
+    twin.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=None if weights else {})
 
 
 def _valid_generation_config(model: Any) -> Any:

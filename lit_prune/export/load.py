@@ -81,20 +81,19 @@ def load_pruned_config(folder: Path) -> Any:
     return _classes(folder, record)[0].from_pretrained(folder)
 
 
-def build_pruned(folder: Path) -> Any:
-    """Build an export with a modelling file on meta, without its weights, in stock classes.
+def build_pruned(folder: Path, **options: Any) -> Any:
+    """Build an export with a modelling file, without its weights, in stock classes.
 
     Args:
         folder: A checkpoint folder with a `pruned_record`.
+        options: Those of `from_config`.
 
     Raises:
         UserError: config.json is of another format.
     """
     record = pruned_record(folder)
     config_class, model_class = _classes(folder, record or {})
-    config = config_class.from_pretrained(folder)
-    with torch.device("meta"):
-        return as_stock(model_class._from_config(config))
+    return as_stock(model_class._from_config(config_class.from_pretrained(folder), **options))
 
 
 def as_stock(model: Any) -> Any:

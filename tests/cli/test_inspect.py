@@ -21,11 +21,6 @@ from tests.tiny_fit import uneven
 _LENGTH = 12
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Any:
     """Writes a tiny model's config, and nothing else."""
