@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+)
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 
 from lit_prune import teacher
 from lit_prune.errors import UserError
+from lit_prune.ranks import require_same
+from lit_prune.sharding import ShardedStrategy
 from lit_prune.structure import Layout, settle
+from lit_prune.wholeness import changing, require_whole
 
 T = TypeVar("T")
+
+#: The strategies that a model can change its shape under, and subclasses of them that are others.
+STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ShardedStrategy)
+_OTHERS = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
 
 
 def refit(trainer: Trainer, change: Callable[[], T]) -> T:
@@ -33,30 +48,54 @@ def refit(trainer: Trainer, change: Callable[[], T]) -> T:
     Raises:
         UserError: The strategy can't do it, or gradients are being accumulated.
     """
-    strategy = trainer.strategy
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-        raise UserError(
-            "expected one device or the ddp strategy for a model that changes its shape, got "
-            f"{type(strategy).__name__}; use --trainer.strategy ddp"
-        )
+    check_strategy(type(trainer.strategy))
     if accumulating(trainer):
         raise UserError(
             "expected a cut after an optimizer step, got one while gradients are accumulated; cut "
             "when trainer.global_step has just risen"
         )
-    strategy.model = strategy.lightning_module  # drops a DDP wrapper
-    with (
-        torch.inference_mode(False),
-        trainer.precision_plugin.module_init_context(),
-        strategy.root_device,
-    ):
-        result = change()
-    strategy.model_to_device()
-    if hasattr(strategy, "configure_ddp"):
-        cast(Any, strategy).configure_ddp()  # new parameters, new buckets
-    strategy.setup_optimizers(trainer)
-    strategy.setup_precision_plugin()
+    strategy: Any = trainer.strategy
+    with whole(trainer):
+        strategy.model = strategy.lightning_module  # drops a DDP wrapper
+        with (
+            torch.inference_mode(False),
+            trainer.precision_plugin.module_init_context(),
+            strategy.root_device,
+        ):
+            result = change()
+        strategy.model_to_device()
+        if hasattr(strategy, "configure_ddp"):
+            strategy.configure_ddp()  # new parameters, new buckets
+        strategy.setup_optimizers(trainer)
+        strategy.setup_precision_plugin()
     return result
+
+
+def check_strategy(kind: type) -> None:
+    """Refuse a strategy under which a model can't change its shape.
+
+    Args:
+        kind: Its class.
+
+    Raises:
+        UserError: It is such a one.
+    """
+    if not issubclass(kind, STRATEGIES) or issubclass(kind, _OTHERS):
+        raise UserError(
+            "expected one device, or the strategy ddp or fsdp2, for a model that changes its "
+            f"shape, got {kind.__name__}; use --trainer.strategy ddp, or fsdp2 to divide the model "
+            "over the devices"
+        )
+
+
+def whole(trainer: Trainer) -> AbstractContextManager[None]:
+    """A context in which every process has the whole model, as an ordinary one.
+
+    It matters under ``fsdp2``, where a model that is divided can neither be copied nor be run on
+    numbers of batches that differ between processes.
+    """
+    strategy = trainer.strategy
+    return strategy.whole() if isinstance(strategy, ShardedStrategy) else nullcontext()
 
 
 def accumulating(trainer: Trainer) -> bool:
@@ -66,23 +105,29 @@ def accumulating(trainer: Trainer) -> bool:
 
 
 def recut(module: Any, trainer: Trainer, change: Callable[[], Layout | None]) -> None:
-    """Change a `PrunableLM`'s shape in the middle of a fit; see its method of this name."""
-    _tell(module, trainer, "on_before_cut")
-    teacher.keep(module)
-    module.first_step = trainer.global_step
-    if refit(trainer, lambda: _change(module, change)):
-        _tell(module, trainer, "on_after_cut")
+    """Change a `Prunable`'s shape in the middle of a fit; see its method of this name."""
+    require_whole(module.model)
+    with whole(trainer):
+        _tell(module, trainer, "on_before_cut")
+        teacher.keep(module)
+        module.first_step = trainer.global_step
+        if refit(trainer, lambda: _change(module, trainer, change)):
+            _tell(module, trainer, "on_after_cut")
 
 
-def _change(module: Any, change: Callable[[], Layout | None]) -> bool:
+def _change(module: Any, trainer: Trainer, change: Callable[[], Layout | None]) -> bool:
     start = time.perf_counter()
-    layout = change()
-    if layout is None:
-        return False
-    module.is_stock = settle(module.model, module.structure, layout)
-    module.layout = module.layout.then(layout)
+    dense = module._outside.setdefault("config", copy.deepcopy(module.model.config))
+    with changing(module.model):
+        layout = change()
+        if layout is None:
+            return False
+        require_same(trainer.strategy, layout)
+        module.layout = module.layout.then(layout)
+        module.is_stock = settle(module.model, module.structure, module.layout, dense)
     module.phase = "pruned"
-    module.seconds["calibrate_and_prune"] = time.perf_counter() - start
+    before = module.seconds.get("calibrate_and_prune", 0.0)
+    module.seconds["calibrate_and_prune"] = before + time.perf_counter() - start
     return True
 
 
