@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lit_prune.errors import UserError
-from lit_prune.files import follow_umask
+from lit_prune.files import folder_errors, written_at_once
 from lit_prune.recovery import NAME, PEFT_PREFIX, adapter_state, has_lora, lora_layers
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -120,7 +118,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, base: str | None = 
         base: Name of the model it belongs to, for adapter_config.json.
 
     Raises:
-        UserError: The model has no LoRA, or the folder exists and isn't empty.
+        UserError: The model has no LoRA, the folder exists and isn't empty, or there is no room.
     """
     target = Path(directory)
     if not has_lora(model):
@@ -128,14 +126,8 @@ def save_adapter(model: nn.Module, directory: str | Path, *, base: str | None = 
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"expected a new folder, got {target}, which exists; choose another")
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        new = scratch / target.name
-        new.mkdir()
-        _write_adapter(model, new, base)
-        new.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with folder_errors(target), written_at_once(target) as folder:
+        _write_adapter(model, folder, base)
 
 
 def _write_adapter(model: nn.Module, directory: Path, base: str | None) -> None:
@@ -143,7 +135,6 @@ def _write_adapter(model: nn.Module, directory: Path, base: str | None) -> None:
     state = adapter_state(model)
     tensors = {PEFT_PREFIX + key: value.cpu().contiguous() for key, value in state.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    follow_umask(directory)
     attached = cast(dict[str, LoraConfig], model.peft_config)[NAME]
     config = LoraConfig(
         r=attached.r,

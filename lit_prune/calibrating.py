@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
+from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from torch import Tensor, nn
 
 from lit_prune.calibration import Stream
 from lit_prune.errors import UserError
-from lit_prune.layerwise import Ranks, dense_statistics
+from lit_prune.layerwise import Ranks
+from lit_prune.memory import fits, halves
+from lit_prune.moments import dense_statistics
+from lit_prune.notes import several_processes
 from lit_prune.progress import track
 from lit_prune.statistics import InputStatistics
 from lit_prune.structure.counting import unique_labels
 from lit_prune.structure.model import Label, Structure
 
 Batch = Mapping[str, Tensor]
+T = TypeVar("T")
 
 
 @dataclass
@@ -50,13 +56,21 @@ class Calibration:
     title: str = "pruning"
     shown: bool = False
 
-    def track(self, text: str) -> Callable[[Any], Iterator[Any]]:
+    def track(self, text: str, *, changes: bool = False) -> Callable[[Any], Iterator[Any]]:
         """Wraps what it is given in a progress bar.
 
         Args:
             text: What is being done.
+            changes: Whether it goes over the layers and leaves each as it shall stay.
         """
         return lambda items: track(items, f"{self.title}: {text}", self.shown)
+
+    def layers(self) -> Iterator[int]:
+        """The layers in turn, for what reads weights.
+
+        In a model larger than memory only the layer that was given last has any, and `moments`.
+        """
+        return iter(range(len(self.structure.widths.layers)))
 
     def stream(self, batches: Sequence[Batch] | None = None) -> Stream:
         """The batches' hidden states before the first layer.
@@ -83,9 +97,50 @@ class Calibration:
             track=self.track("statistics"),
         )
 
+    def halved(self) -> Calibration:
+        """The same with each calibration batch in two, as far as they have several windows.
+
+        Raises:
+            UserError: None has.
+        """
+        most = max((len(batch["input_ids"]) for batch in self.batches), default=0)
+        smaller = copy.copy(self)
+        smaller.batches = []
+        for batch in self.batches:
+            whole = len(batch["input_ids"]) == 1 < most
+            smaller.batches += [batch] if whole else halves(batch)
+        return smaller
+
     def reader(self, layer: int, axis: str) -> nn.Module:
         """The module of a layer that reads an axis."""
         return self.model.get_submodule(self.structure.readers(self.model, axis, layer)[0].path)
+
+
+def with_smaller_batches(
+    calibration: Calibration, run: Callable[[Calibration], T]
+) -> tuple[T, Calibration]:
+    """Do something with calibration batches; with smaller ones if memory runs out.
+
+    Args:
+        calibration: The model and its calibration tokens.
+        run: Changes nothing.
+
+    Returns:
+        What it returns, and the calibration that it got in the end.
+
+    Raises:
+        UserError: A single window is too large; or there are other processes, which would wait.
+    """
+    found: list[T] = []
+    while not fits(lambda own=calibration: found.append(run(own))):
+        if several_processes():
+            raise UserError(
+                "expected memory for calibration on each process, got too little on one, which "
+                "can't try again alone; lower the method's batch_size"
+            )
+        garbage_collection_cuda()  # graphs may be cycles
+        calibration = calibration.halved()
+    return found[0], calibration
 
 
 def draw_batches(
@@ -103,17 +158,30 @@ def draw_batches(
     Raises:
         UserError: The data module has no method for it, or too few windows.
     """
+    require_turns(trainer, turn + 1)
+    data: Any = trainer.datamodule
+    trainer.lightning_module.check_length(length, "calibration windows")
+    return data.calibration_batches(samples, length, batch_size, **({"turn": turn} if turn else {}))
+
+
+def require_turns(trainer: Any, turns: int) -> None:
+    """Refuse a data module without calibration windows, or with the same ones each time.
+
+    Args:
+        trainer: The trainer.
+        turns: How many times they are drawn.
+
+    Raises:
+        UserError: It has no method for it, or one that draws once.
+    """
     data: Any = getattr(trainer, "datamodule", None)
     if not hasattr(data, "calibration_batches"):
         raise UserError(
             "expected a data module with calibration_batches(samples, length, batch_size), "
             f"got {type(data).__name__}; use lit_prune.TextDataModule or add that method"
         )
-    trainer.lightning_module.check_length(length, "calibration windows")
-    redrawn = {"turn": turn} if turn else {}
-    if redrawn and "turn" not in signature(data.calibration_batches).parameters:
+    if turns > 1 and "turn" not in signature(data.calibration_batches).parameters:
         raise UserError(
             "expected calibration_batches with an argument turn for a method that draws anew in "
             f"each iteration, got {type(data).__name__}; add it, or set iterations to 1"
         )
-    return data.calibration_batches(samples, length, batch_size, **redrawn)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lit_prune.interception import Stop, forwards, parts_of, player, recorder, returns_tuple, shared
+from lit_prune.memory import fits, halves, in_halves, shown
+from lit_prune.modes import evaluating
 from lit_prune.structure.model import Structure
 
 #: Is shown activations, [tokens, features].
 See = Callable[[Tensor], None]
-
-
-class _Stop(Exception):
-    """Raised by a hook once a forward pass has gone far enough."""
+#: Of each layer what it is called with beside hidden states.
+_Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+_Seen = list[tuple[See, Tensor]]
 
 
 class Stream:
@@ -25,6 +27,9 @@ class Stream:
     The stream is a [batch, tokens, hidden] tensor for each batch, in the model's dtype; while the
     FFN of a layer is pruned, the outputs of its attention are kept too, as large again. Masks and
     position embeddings are held once where batches share them.
+
+    A batch that memory runs out with is split in two for good, so that there may be more of them
+    than were given; functions that see activations get all tokens in their order all the same.
 
     Args:
         model: A causal language model.
@@ -36,17 +41,38 @@ class Stream:
         self, model: nn.Module, structure: Structure, batches: Sequence[Mapping[str, Tensor]]
     ) -> None:
         self.layers = structure.layers(model)
+        self.batches: list[Mapping[str, Tensor]] = []
         self.hidden: list[Tensor] = []
         self.tokens: list[Tensor | None] = []
-        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        #: Where what runs before the layers is in memory, if that is not always so.
+        self.entrance: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._model, self._as_tuple = model, False
+        self._calls: list[_Calls] = []
         self._played: list[Any] = []
         with evaluating(model):
-            for batch in batches:
-                self._enter(model, batch)
+            in_halves(batches, self._add)
+
+    def _add(self, batch: Mapping[str, Tensor]) -> None:
+        hidden, calls, tokens = self._enter(batch, self._calls[-1] if self._calls else None)
+        self.batches.append(batch)
+        self.hidden.append(hidden)
+        self._calls.append(calls)
+        self.tokens.append(tokens)
 
     @torch.no_grad()
-    def _enter(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        """Run a batch up to the first layer, and record each layer's other arguments."""
+    def _enter(
+        self, batch: Mapping[str, Tensor], like: _Calls | None
+    ) -> tuple[Tensor, _Calls, Tensor | None]:
+        """Run a batch up to the first layer.
+
+        Args:
+            batch: The batch.
+            like: Calls of another one, to share tensors with.
+
+        Returns:
+            Hidden states there, each layer's other arguments, and what tokens count if not all.
+        """
+        model: Any = self._model
         device = next(model.parameters()).device
         mask = batch["attention_mask"].to(device).bool()
         full = bool(mask.all())
@@ -56,23 +82,57 @@ class Stream:
             "use_cache": False,
         }
         base: Any = getattr(model, str(model.base_model_prefix))
-        as_tuple = _returns_tuple(base, self.layers[0], inputs)
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        if like is None:
+            self._as_tuple = returns_tuple(base, self.layers[0], inputs)
+        calls: _Calls = []
+        entered: list[Tensor] = []
 
         def record(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             if not calls:
-                self.hidden.append(hidden)
+                entered.append(hidden)
             rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
             calls.append((args[1:], rest))
-            return (hidden, None) if as_tuple else hidden
+            return (hidden, None) if self._as_tuple else hidden
 
-        with _forwards(dict.fromkeys(self.layers, record)):
+        with forwards(dict.fromkeys(self.layers, record)):
             base(**inputs)
-        if self._calls:
-            calls = [_share(new, old) for new, old in zip(calls, self._calls[-1], strict=True)]
-        self._calls.append(calls)
-        self.tokens.append(None if full else mask.flatten())
+        if like is not None:
+            calls = [shared(new, old) for new, old in zip(calls, like, strict=True)]
+        return entered[0], calls, None if full else mask.flatten()
+
+    def each(self, run: Callable[[int], None]) -> None:
+        """Call a function with the number of each batch; splits a batch that memory runs out with.
+
+        Args:
+            run: As for `lit_prune.memory.fits`.
+
+        Raises:
+            UserError: A single window is too large.
+        """
+        batch = 0
+        while batch < len(self):
+            if fits(lambda batch=batch: run(batch)):
+                batch += 1
+            else:
+                self._split(batch)
+
+    def _split(self, batch: int) -> None:
+        """Put two batches in a batch's place."""
+        parts, old = halves(self.batches[batch]), self._calls[batch]
+        sizes = [len(part["input_ids"]) for part in parts]
+        with self.entrance(), evaluating(self._model):
+            entered = [self._enter(part, old) for part in parts]
+        here = slice(batch, batch + 1)
+        self.batches[here] = parts
+        self.hidden[here] = self.hidden[batch].split(sizes)
+        self.tokens[here] = [tokens for *_, tokens in entered]
+        self._calls[here] = [  # of layers behind, they are not needed any more
+            [new if any(was) else was for new, was in zip(calls, old, strict=True)]
+            for _, calls, _ in entered
+        ]
+        if batch < len(self._played):
+            self._played[here] = parts_of(self._played[batch], sizes)
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -105,38 +165,47 @@ class Stream:
             outputs: Functions that see the outputs of modules before `reader`, likewise.
         """
         self._played = []
-        for batch in range(len(self)):
+
+        def run(batch: int) -> None:
+            seen: _Seen = []
+            played: list[Any] = []
             with ExitStack() as hooks:
                 for module, function in (outputs or {}).items():
-                    hooks.callback(self._after(module, function, batch).remove)
+                    hooks.callback(self._after(module, function, batch, seen).remove)
                 if record is not None:
-                    hooks.callback(record.register_forward_hook(self._record).remove)
-                hooks.callback(self._before(reader, see, batch, stop=True).remove)
+                    hooks.callback(record.register_forward_hook(recorder(played)).remove)
+                hooks.callback(self._before(reader, see, batch, seen, stop=True).remove)
                 try:
                     self.run(layer, batch)
-                except _Stop:
-                    continue
-                raise RuntimeError(f"layer {layer} did not call {type(reader).__name__}")
+                except Stop:
+                    pass
+                else:
+                    raise RuntimeError(f"layer {layer} did not call {type(reader).__name__}")
+            self._played += played
+            _show(seen)
 
-    def _record(self, module: nn.Module, args: Any, output: Any) -> None:
-        # attention weights, if there are any, are not kept
-        self._played.append((output[0], None) if isinstance(output, tuple) else output)
+        self.each(run)
 
     def _rows(self, x: Tensor, batch: int) -> Tensor:
         """Activations as [tokens, features], without padded tokens."""
         tokens, x = self.tokens[batch], x.flatten(0, -2)
         return x if tokens is None else x[tokens]
 
-    def _before(self, module: nn.Module, see: See, batch: int, *, stop: bool = False) -> Any:
+    def _before(
+        self, module: nn.Module, see: See, batch: int, seen: _Seen, *, stop: bool = False
+    ) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            see(self._rows(args[0], batch))
+            seen.append((see, self._rows(args[0], batch)))
             if stop:
-                raise _Stop
+                raise Stop
 
         return module.register_forward_pre_hook(hook)
 
-    def _after(self, module: nn.Module, see: See, batch: int) -> Any:
-        return module.register_forward_hook(lambda _m, _a, y: see(self._rows(y, batch)))
+    def _after(self, module: nn.Module, see: See, batch: int, seen: _Seen) -> Any:
+        # copies: falcon adds attention's output to the FFN's in place
+        return module.register_forward_hook(
+            lambda _m, _a, y: seen.append((see, self._rows(y, batch).clone()))
+        )
 
     def states(self, batch: int) -> Tensor:
         """Hidden states of a batch where the stream is, [tokens, hidden], without padded tokens."""
@@ -159,95 +228,48 @@ class Stream:
             inputs: Functions that see the inputs of modules, [tokens, features] for each batch.
             outputs: Functions that see their outputs.
         """
-        for batch in range(len(self)):
+
+        def run(batch: int) -> None:
+            seen: _Seen = []
             with ExitStack() as hooks:
                 for module, see in (inputs or {}).items():
-                    hooks.callback(self._before(module, see, batch).remove)
+                    hooks.callback(self._before(module, see, batch, seen).remove)
                 for module, see in (outputs or {}).items():
-                    hooks.callback(self._after(module, see, batch).remove)
+                    hooks.callback(self._after(module, see, batch, seen).remove)
                 if play is not None:
-                    hooks.enter_context(_forwards({play: _player(self._played[batch])}))
+                    hooks.enter_context(forwards({play: player(self._played[batch])}))
                 self.hidden[batch] = self.run(layer, batch)
+            _show(seen)
+
+        self.each(run)
         self._played = []
         for calls in self._calls:
             calls[layer] = ((), {})
 
     @torch.no_grad()
-    def finish(self, model: nn.Module, layer: int, batch: Mapping[str, Tensor], number: int) -> Any:
+    def finish(self, model: nn.Module, layer: int, number: int) -> Any:
         """The model's output for a batch, from where the stream is.
 
         Args:
             model: The model.
             layer: The layer that comes next.
-            batch: The batch, as it was given.
-            number: Its number.
+            number: The batch's number.
         """
         base: Any = getattr(model, str(model.base_model_prefix))
-        device = self.hidden[number].device
+        batch, device = self.batches[number], self.hidden[number].device
         inputs = {"input_ids": batch["input_ids"].to(device), "use_cache": False}
         mask = batch["attention_mask"].to(device)
-        as_tuple = _returns_tuple(base, self.layers[-1], inputs)
+        as_tuple = returns_tuple(base, self.layers[-1], inputs)
 
         def skip(*args: Any, **kwargs: Any) -> Any:
             return (self.hidden[number], None) if as_tuple else self.hidden[number]
 
-        with _forwards(dict.fromkeys(self.layers[:layer], skip)):
+        with forwards(dict.fromkeys(self.layers[:layer], skip)):
             return model(attention_mask=None if bool(mask.all()) else mask, **inputs)
 
 
-def _player(stored: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: stored
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, and every module back into its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _returns_tuple(base: Any, layer: nn.Module, inputs: dict[str, Any]) -> bool:
-    """Whether a family's layers return a tuple; a few tokens tell."""
-    seen: list[bool] = []
-
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(isinstance(output, tuple))
-        raise _Stop
-
-    handle = layer.register_forward_hook(hook)
-    try:
-        base(input_ids=inputs["input_ids"][:1, :2], use_cache=False)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
-    return seen[0]
-
-
-@contextmanager
-def _forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replace modules' forward functions for a while."""
-    for module, function in replacements.items():
-        module.forward = function
-    try:
-        yield
-    finally:
-        for module in replacements:
-            del module.forward
-
-
-def _share(new: Any, old: Any) -> Any:
-    """The old value where the new one is equal, so that it is in memory once."""
-    if isinstance(new, Tensor) and isinstance(old, Tensor):
-        same = new is old or (new.shape == old.shape and torch.equal(new, old))
-        return old if same else new
-    if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
-        return tuple(_share(a, b) for a, b in zip(new, old, strict=True))
-    if isinstance(new, dict) and isinstance(old, dict):
-        return {key: _share(value, old.get(key)) for key, value in new.items()}
-    return new
+def _show(seen: _Seen) -> None:
+    """Show what was collected, once nothing can make the layer run again."""
+    while seen:
+        see, rows = seen.pop(0)
+        shown(see, rows)

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, as readable as the user's umask says."""
+"""Files and folders that appear whole or not at all, as readable as the user's umask says."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from lit_prune.errors import UserError
 
@@ -58,6 +56,28 @@ def written_at_once(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def file_written_at_once(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` for a file that takes its place if nothing is raised.
+
+    Args:
+        path: The file to make; its folder exists.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        follow_umask(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failed write does not say where
+        raise
+
+
+@contextmanager
 def folder_errors(out: Path) -> Iterator[None]:
     """Turn a full or forbidden disk into one line.
 
@@ -78,7 +98,9 @@ def folder_errors(out: Path) -> Iterator[None]:
                 f"choose another one"
             ) from error
         raise
-    except SafetensorError as error:  # Rust's I/O errors carry their number in the text only
+    except UserError:
+        raise
+    except Exception as error:  # Rust's, of safetensors and tokenizers, have it in the text only
         if any(f"os error {code})" in str(error) for code in _NO_ROOM):
             raise _no_room(out, error) from error
         raise

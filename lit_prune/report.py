@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_prune.evaluation import median_speed
+from lit_prune.files import file_written_at_once
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -120,19 +119,8 @@ def write_report(report: Mapping[str, Any], path: str | Path) -> None:
     plain = {key: _plain(part, key, notes) for key, part in report.items()} | {"warnings": notes}
     text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(scratch, 0o666 & ~mask)  # mkstemp gives 0600
-        os.replace(scratch, target)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
+    with file_written_at_once(target) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:

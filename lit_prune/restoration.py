@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.errors import UserError
+from lit_prune.notes import note
 
 #: How often the ridge is raised tenfold before a Gram matrix is given up.
 _ATTEMPTS = 6
@@ -60,6 +61,7 @@ def least_squares(
     *,
     ridge: Literal["weights", "zero"] = "weights",
     delta: float = 1e-3,
+    place: str = "",
 ) -> Tensor:
     """The kept columns of a matrix, changed so that its output stays as close as can be.
 
@@ -69,7 +71,7 @@ def least_squares(
         zero:    W*_M = W X X_Mᵀ (X_M X_Mᵀ + δI)⁻¹
 
     The two agree at δ = 0; the first changes nothing when nothing is cut. δ is relative to the mean
-    diagonal, and is raised tenfold while the matrix is not positive definite.
+    diagonal, and is raised tenfold while the matrix is not positive definite, which is noted.
 
     Source: "FASP: Fast and Accurate Structured Pruning of Large Language Models", equation 8
     (``zero``).
@@ -80,6 +82,7 @@ def least_squares(
         keep: M, ascending, [kept].
         ridge: What the solution shrinks towards: the kept weights, or zero.
         delta: δ in units of the mean diagonal of X_M X_Mᵀ.
+        place: The matrix' name, for messages.
 
     Returns:
         W*_M, [outputs, kept], float32.
@@ -96,7 +99,7 @@ def least_squares(
     if not len(rows):
         return base
     with exact_products(torch.float32):
-        factor = _cholesky(gram[keep][:, keep], delta)
+        factor = _cholesky(gram[keep][:, keep], delta, place)
         cross = gram[keep][:, rows]
         if len(rows) <= weight.shape[0]:  # solve for whichever right side is narrower
             change = weight[:, rows] @ torch.cholesky_solve(cross, factor).T
@@ -105,7 +108,8 @@ def least_squares(
     return base + change
 
 
-def _cholesky(matrix: Tensor, delta: float) -> Tensor:
+def _cholesky(matrix: Tensor, delta: float, place: str) -> Tensor:
+    where = f" at the input of {place}" if place else ""
     mean = matrix.diagonal().mean()
     identity = torch.arange(len(matrix), device=matrix.device)
     for attempt in range(_ATTEMPTS):
@@ -113,9 +117,14 @@ def _cholesky(matrix: Tensor, delta: float) -> Tensor:
         damped[identity, identity] += mean * delta * 10**attempt
         factor, info = torch.linalg.cholesky_ex(damped)
         if not info.item():
+            if attempt:
+                note(
+                    f"calibration statistics{where} are not positive definite with delta "
+                    f"{delta:g}; least squares took {delta * 10**attempt:g} there"
+                )
             return factor
     raise UserError(
         f"expected calibration statistics to be positive definite with a ridge of up to "
-        f"{delta * 10 ** (_ATTEMPTS - 1):g} of their mean diagonal, got a matrix that is not; use "
-        f"more calibration samples or a larger delta"
+        f"{delta * 10 ** (_ATTEMPTS - 1):g} of their mean diagonal, got a matrix that is not"
+        f"{where}; use more calibration samples or a larger delta"
     )

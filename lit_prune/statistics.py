@@ -32,16 +32,18 @@ class InputStatistics:
         self.gram = Gram(size, device) if gram else None
 
     def add(self, x: Tensor) -> None:
-        """Add activations [tokens, features]."""
+        """Add activations [tokens, features], or none of them if memory runs out."""
         if not len(x):
             return
-        if self.gram is not None:
-            self.gram.add(x)
         variance, mean = torch.var_mean(x.float(), dim=0, correction=0)
         total = self.tokens + len(x)
         step = mean - self._mean
-        self._mean += step * (len(x) / total)
-        self._squares += variance * len(x) + step.square() * (self.tokens * len(x) / total)
+        change = step * (len(x) / total)
+        spread = variance * len(x) + step.square() * (self.tokens * len(x) / total)
+        if self.gram is not None:
+            self.gram.add(x)  # the last that takes memory
+        self._mean += change
+        self._squares += spread
         self.tokens = total
 
     def reduce(self, add: Reduce) -> None:

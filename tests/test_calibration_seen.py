@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,14 +9,6 @@ from torch import Tensor, nn
 from lit_prune.calibration import Stream
 from tests.structure.tiny import FAMILIES
 from tests.test_calibration import Batch, batches, literal, setup
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rows_of(batch: Batch, x: Tensor) -> Tensor:
@@ -89,7 +79,7 @@ def test_a_batch_is_finished_from_any_layer(name: str, padded: str) -> None:
             for place, batch in enumerate(batches(padded)):
                 expected = model(**batch, use_cache=False).logits
                 valid = batch["attention_mask"].bool()
-                found = stream.finish(model, number, batch, place).logits
+                found = stream.finish(model, number, place).logits
                 assert torch.equal(found[valid], expected[valid])
         if number < len(structure.layers(model)):
             stream.advance(number)
@@ -99,9 +89,9 @@ def test_a_batch_is_finished_from_any_layer(name: str, padded: str) -> None:
 def test_finishing_does_not_run_the_layers_behind_the_stream() -> None:
     model, structure = setup("llama")
     stream = Stream(model, structure, batches())
-    expected = stream.finish(model, 0, batches()[0], 0).logits
+    expected = stream.finish(model, 0, 0).logits
     stream.advance(0)
     stream.advance(1)
     model.get_parameter("model.layers.1.mlp.down_proj.weight").data.fill_(float("nan"))
-    assert torch.equal(stream.finish(model, 2, batches()[0], 0).logits, expected)
+    assert torch.equal(stream.finish(model, 2, 0).logits, expected)
     assert not expected.requires_grad

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,14 +26,6 @@ from tests.structure.tiny import tiny_model
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 ALL: Any = ("query", "channel", "hidden")
 SMALL: dict[str, Any] = {"samples": 4, "length": 16}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def fitted(

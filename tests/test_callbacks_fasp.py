@@ -28,14 +28,6 @@ from tests.structure.tiny import tiny_model
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def fitted(fasp: FASPPruning, name: str = "llama", **options: Any) -> PrunableLM:
     module = PrunableLM.from_model(tiny_model(name), **options)
     trainer_of(fasp).fit(module, datamodule=Windows())

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from lit_prune import PrunableLM
 from lit_prune.callbacks.fisher import FisherPruning
@@ -20,14 +18,6 @@ BOTH: Any = ("group", "channel")
 SMALL: dict[str, Any] = {"samples": 6, "length": 24, "batch_size": 2}
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def fitted(model: Any, **options: Any) -> PrunableLM:

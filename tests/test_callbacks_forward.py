@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,14 +32,6 @@ BOTH: Any = ("group", "channel")
 SMALL: dict[str, Any] = {"samples": 6, "length": 24, "batch_size": 2}
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def fitted(callback: PruningCallback, model: Any) -> PrunableLM:

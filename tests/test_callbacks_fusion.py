@@ -102,7 +102,7 @@ def test_planted_units_go_first() -> None:
 
 @pytest.mark.parametrize(
     ("protected", "layers", "expected"),
-    [(None, 8, [0, 7]), (None, 3, []), ([2], 8, [2]), ([], 8, [])],
+    [(None, 8, [0, 7]), (None, 16, [0, 1, 15]), (None, 3, []), ([2], 8, [2]), ([], 8, [])],
 )
 def test_the_ends_are_protected_unless_said_otherwise(
     protected: Any, layers: int, expected: list[int]

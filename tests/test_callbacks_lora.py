@@ -25,11 +25,6 @@ from tests.tiny_fit import CutAt, assert_same, make_data, make_trainer, save_mod
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def load(source: str, **options: Any) -> PrunableLM:
     return PrunableLM(source, **{"dtype": "float32", "learning_rate": 1e-2, **options})
 

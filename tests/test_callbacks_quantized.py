@@ -43,11 +43,6 @@ QUANTIZED: Any = ["8bit", "4bit"]
 PRECISIONS: Any = [("float32", "32-true"), ("bfloat16", "bf16-true"), ("float32", "bf16-mixed")]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def load(source: str, **options: Any) -> PrunableLM:
     return PrunableLM(source, **{"dtype": "float32", "learning_rate": 1e-2, **options})
 

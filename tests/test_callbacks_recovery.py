@@ -34,11 +34,6 @@ from tests.tiny_fit import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def fasp(**options: Any) -> FASPPruning:
     return FASPPruning(**{"samples": 8, "length": 16, **options})
 

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ from lit_prune.errors import UserError
 from lit_prune.layerwise import Ranks
 from lit_prune.spsa import GateNoise, WeightNoise, loss_slopes, windows
 from lit_prune.structure import Structure
+from lit_prune.structure.coupling import parameter_names
 from lit_prune.zeroth_order import (
     backprop_scores,
     feature_map_scores,
     gate_scores,
     input_statistics,
-    parameter_names,
     scored_parts,
 )
 from tests.fasp_ranks import Windows, trainer_of
@@ -38,14 +37,6 @@ SMALL: dict[str, Any] = {"samples": 6, "length": 24, "batch_size": 2, "gradient_
 CRITERIA = ["fms", "wanda", "magnitude", "gradient"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def fitted(model: Any, **options: Any) -> PrunableLM:

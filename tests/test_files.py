@@ -1,4 +1,4 @@
-"""Folders appear whole, and with the modes that the user's umask gives."""
+"""Files and folders appear whole, and with the modes that the user's umask gives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lit_prune.errors import UserError
-from lit_prune.files import folder_errors, follow_umask, written_at_once
+from lit_prune.files import file_written_at_once, folder_errors, follow_umask, written_at_once
 
 
 @pytest.fixture
@@ -62,6 +62,43 @@ def test_after_an_error_everything_is_as_before(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), written_at_once(out) as folder:
         write(folder)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/old"]
+
+
+def test_a_file_is_replaced_at_once(tmp_path: Path, umask: int) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_text("old")
+    with file_written_at_once(path) as file:
+        save_file({"x": torch.ones(2)}, file)  # for its owner only
+        assert path.read_text() == "old"
+        assert file.parent == path.parent
+    assert [child.name for child in tmp_path.iterdir()] == [path.name]
+    assert b"F32" in path.read_bytes()
+    assert modes(tmp_path) == {0o666 & ~umask}
+
+
+def test_a_file_that_is_not_whole_does_not_replace_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x"
+    path.write_text("old")
+
+    def interrupt(file: Path) -> None:
+        file.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), file_written_at_once(path) as file:
+        interrupt(file)
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)  # where a full disk may show first
+    refused = pytest.raises(OSError, match="No space left")
+    with refused as caught, file_written_at_once(path) as file:
+        file.write_text("new")
+    assert caught.value.filename == str(path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

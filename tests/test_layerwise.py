@@ -34,14 +34,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def batches(seed: int = 0, rows: int = 4, length: int = 40) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 61, (2, rows, length), generator=generator)

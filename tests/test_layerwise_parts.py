@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,11 +17,11 @@ from lit_prune.layerwise import (
     Restoration,
     as_decided,
     by_columns,
-    dense_statistics,
     mean_output,
     prune_layers,
     unit_scores,
 )
+from lit_prune.moments import dense_statistics
 from lit_prune.scores import column_scores
 from lit_prune.statistics import InputStatistics
 from lit_prune.structure import Layout, Structure
@@ -31,14 +31,6 @@ from tests.structure.layouts import cuttable, varied
 from tests.structure.tiny import FAMILIES, tiny_model
 
 Batch = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def batches(seed: int = 0) -> list[Batch]:

@@ -64,6 +64,16 @@ def test_the_package_never_imports_callbacks(path: Path) -> None:
     assert not [name for name in names if within(name, "lit_prune.callbacks")]
 
 
+@pytest.mark.parametrize(
+    "path", sorted((_ROOT / "lit_prune" / "structure").glob("*.py")), ids=name_of
+)
+def test_the_structure_imports_nothing_above_it(path: Path) -> None:
+    below = ("structure", "errors", "modes", "export.modeling_lit_pruned", "export.trial")
+    for name in imports(path.read_text(encoding="utf-8"), "lit_prune.structure"):
+        if within(name, "lit_prune"):
+            assert any(within(name, f"lit_prune.{part}") for part in below), name
+
+
 @pytest.mark.parametrize("path", _CALLBACKS, ids=name_of)
 def test_callbacks_never_import_each_other(path: Path) -> None:
     if path.name == "__init__.py":

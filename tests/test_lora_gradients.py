@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,14 +18,6 @@ from tests.structure.tiny import tiny_model
 
 Rows = dict[str, Tensor]
 Folded = dict[tuple[int, int], tuple[float, Rows, Rows]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def batches(number: int = 3, length: int = 10) -> list[dict[str, Tensor]]:

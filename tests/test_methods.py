@@ -31,11 +31,6 @@ pytestmark = pytest.mark.filterwarnings(
 CASES = [(name, family) for name, row in METHODS.items() for family in row.families]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def fit(folder: Path, method: str, family: str, resume: str | None = None) -> tuple[Any, Watch]:
     """A fit with recovery and export, a checkpoint after each step."""
     row = METHODS[method]

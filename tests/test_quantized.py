@@ -21,11 +21,6 @@ SIZES = [(24, 16), (7, 13), (64, 128), (1, 1), (3, 50)]
 PRECISIONS = ["8bit", "4bit"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def make(
     outputs: int = 24, inputs: int = 16, *, kind: str = "linear", dtype: Any = torch.float32
 ) -> Any:

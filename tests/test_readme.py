@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_prune import TextDataModule
 from lit_prune.callbacks import FASPPruning
@@ -71,7 +72,16 @@ def test_the_result_loads_as_printed(place: Path):
 
 
 def test_a_module_and_a_callback_of_ones_own(place: Path):
-    module = run(block("class MyModule"))["MyModule"]("dense")
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm = AutoModelForCausalLM.from_pretrained("dense")
+
+        def forward(self, batch: Any) -> Any:
+            return self.lm(batch["input_ids"], attention_mask=batch["attention_mask"])
+
+    tokenizer = AutoTokenizer.from_pretrained("dense")
+    module = run(block("class MyModule"))["MyModule"](Net(), tokenizer)
     callback = run(block("class HalveFFN"))["HalveFFN"]()
     trainer = Trainer(
         max_steps=52,
@@ -106,6 +116,10 @@ def test_commands_are_understood(
         (place / "runs" / "smaller" / "config.yaml").write_text("model:\n  pretrained: dense\n")
         assert main([*words, "--print_config"]) == 0
         assert "default_root_dir" in capsys.readouterr().out
+    elif words[0] == "prune-streaming":
+        words = ["dense" if word == "DIR" else word for word in words]
+        assert main(words) == 2  # the text is too short for the configuration's samples
+        assert "expected" in capsys.readouterr().err
     elif words[0] == "export":
         (place / "runs" / "smaller" / "config.yaml").unlink(missing_ok=True)
         assert main(words) == 2  # the block of Python left no config.yaml to export from

@@ -249,7 +249,7 @@ def test_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("peft.LoraConfig.save_pretrained", full)
-    with pytest.raises(OSError, match="space"):
+    with pytest.raises(UserError, match="enough disk space"):
         save_adapter(model, tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
 

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_prune.files import file_written_at_once
+
 _log = logging.getLogger(__name__)
 
 
@@ -45,22 +47,13 @@ def cached(path: Path | None, build: Callable[[], dict[str, Tensor]]) -> dict[st
     except (OSError, SafetensorError):
         pass
     tensors = build()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"sha256": _checksum(tensors)})
-        os.replace(temporary, path)
+        with file_written_at_once(path) as file:
+            save_file(tensors, file, metadata={"sha256": _checksum(tensors)})
     except (OSError, SafetensorError) as error:
         _log.info("tokens are not cached: %s", error)
-        _remove(temporary)
     return tensors
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        _log.debug("could not remove %s", path.name)
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
