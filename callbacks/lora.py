@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_prune.errors import UserError
+from lit_prune.made_with import differences
 from lit_prune.prunable import require
 from lit_prune.quantized import Precision
 from lit_prune.refit import accumulating
@@ -64,6 +66,7 @@ class LoRARecovery(Callback):
         """Refuse a module whose model can't have adapters."""
         if stage == "fit":
             require(pl_module, self)
+            pl_module.resumed = False  # by an earlier fit; loading a checkpoint comes later
 
     def on_before_cut(self, trainer: Trainer, pl_module: Any) -> None:
         """Refuse options that would fail only after a long pruning."""
@@ -79,7 +82,16 @@ class LoRARecovery(Callback):
         """
         if pl_module.phase == "done" and not pl_module.resumed:
             raise UserError("expected a model to train, got a finished one; make a new module")
+        if pl_module.resumed and pl_module.phase == "recovery":
+            self._tell_of_changes(pl_module.adapter)
         self._attach(trainer, pl_module)
+
+    def _tell_of_changes(self, attached: Mapping[str, Any]) -> None:
+        if self.options["adapter"] is None:  # else the shape is that of the saved one
+            names = ("rank", "alpha", "dropout", "targets", "base")
+            changed = differences(attached, {name: self.options[name] for name in names})
+            if changed:
+                rank_zero_warn(f"the checkpoint's adapters stay as they are: {', '.join(changed)}")
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clock."""

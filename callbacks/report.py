@@ -41,6 +41,7 @@ class GainLossReport(Callback):
         """Refuse a module that has no model to measure."""
         if stage == "fit":
             require(pl_module, self)
+            self.models, self.notes = {}, []  # of an earlier fit; a checkpoint's are loaded later
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far."""

@@ -112,6 +112,7 @@ class CuttingCallback(RemembersOptions, Callback):
                 "fit in a second one"
             )
         self.restart()  # a checkpoint's state is loaded after this
+        pl_module.resumed = False
 
     def state_dict(self) -> dict[str, Any]:
         """How far it is, and what was asked for."""
@@ -145,7 +146,12 @@ class CuttingCallback(RemembersOptions, Callback):
             )
         state = states[self.state_key]
         changed = differences(state["made_with"], self.made_with)
-        if changed and not state["finished"]:
+        if changed and state["finished"]:
+            rank_zero_warn(
+                f"{self.method} had made its last cut with other options, which stay: "
+                f"{', '.join(changed)}"
+            )
+        elif changed:
             raise UserError(
                 f"expected a checkpoint of {self.method} with these options, got one with "
                 f"{', '.join(changed)}: set them so, or start anew with --overwrite"

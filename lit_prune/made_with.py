@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from inspect import Parameter, signature
+from os import PathLike
 from typing import Any
 
 
@@ -61,6 +62,12 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_plain(part) for part in value]
+    if isinstance(value, PathLike):
+        return str(value)
+    if isinstance(value, Set):
+        return sorted(map(str, value))
+    if not isinstance(value, int | float) and hasattr(value, "item"):
+        value = value.item()  # of numpy or torch
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)  # not a subclass, such as numpy's floats

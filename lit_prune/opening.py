@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_prune.dtypes import DTYPES
@@ -72,7 +74,7 @@ def adopt(module: Any, model: Any, widths: Widths | None = None) -> None:
     _check_name(module, model)
     if "model" not in module._modules:
         vars(module)["model"] = model  # no submodule: its weights are saved where they stand
-    module._outside.update(model=model, structure=structure)
+    module._outside.update(model=model, structure=structure, digest=digest_of(model))
     module.layout = Layout.full(structure.widths)
     module.vocab_size = model.config.vocab_size
 
@@ -169,6 +171,19 @@ def check_loss(module: Any, asked: Any) -> None:
         )
 
 
+def check_output(output: Any) -> None:
+    """Hold that what a loss is taken of is a language model's output.
+
+    Raises:
+        UserError: It has no logits.
+    """
+    if not hasattr(output, "logits"):
+        raise UserError(
+            "expected an output with logits for self.loss(batch, output), as transformers' models "
+            f"return it, got {type(output).__name__}; hand that on"
+        )
+
+
 def check_finite(module: Any, loss: Any) -> None:
     """Stop a training whose loss is NaN or infinite, on all processes alike.
 
@@ -205,6 +220,29 @@ def check_weights(module: Any) -> None:
     """
     for name, parameter in module.model.named_parameters():
         require_finite(parameter.detach(), "weights", f"in {name} at the end")
+
+
+def check_trained(module: Any) -> None:
+    """Hold that what a `Prunable` trains is numbers, before it replaces an earlier checkpoint.
+
+    Raises:
+        UserError: A weight is NaN or infinite.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            own = parameter.detach()
+            own = own.to_local() if hasattr(own, "to_local") else own  # pyright: ignore
+            require_finite(own, "weights", f"in {name} after step {module.global_step}")
+
+
+def digest_of(model: Any) -> str:
+    """Tells models of one shape apart: a digest of some values of each weight, in bfloat16."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            some = parameter.detach().flatten()[:16].to("cpu", torch.bfloat16)
+            found.update(bytes(some.view(torch.uint8).tolist()))
+    return found.hexdigest()[:16]
 
 
 def check_length(module: Any, tokens: int, what: str) -> None:

@@ -155,6 +155,8 @@ class Prunable(LightningModule):
             own: The module's loss; by default next-token cross-entropy. It counts unless a
                 callback has set `loss_term`.
         """
+        if self.loss_term is not None or own is None:
+            opening.check_output(output)
         self._outside["asked"] = self.loss_term
         if self.loss_term is not None:
             return self.loss_term(self, batch, output)
@@ -261,8 +263,13 @@ class Prunable(LightningModule):
         opening.check_loss(self, self._outside.get("asked"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what is needed to build the model again before its weights are loaded."""
+        """Save what is needed to build the model again before its weights are loaded.
+
+        Raises:
+            UserError: The last step has spoiled the weights; earlier checkpoints stay.
+        """
         super().on_save_checkpoint(checkpoint)
+        opening.check_trained(self)
         checkpoint["lit_prune"] = state.saved(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed import _composable_state
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from lit_prune.errors import UserError
@@ -98,6 +100,9 @@ class ShardedStrategy(ModelParallelStrategy):
     def on_train_start(self) -> None:
         """Divide the model; the last thing before the first step."""
         super().on_train_start()
+        plugin: Any = self.precision_plugin
+        plugin.clip_grad_by_norm = partial(_clip_by_norm, plugin.main_params)
+        plugin.clip_grad_by_value = partial(_clip_by_value, plugin.main_params)
         self._shard()
 
     def on_train_end(self) -> None:
@@ -251,6 +256,32 @@ def _average(parameter: nn.Parameter) -> None:
     if parameter.grad is not None:
         dist.all_reduce(parameter.grad)
         parameter.grad /= dist.get_world_size()
+
+
+def _clip_by_norm(parameters: Callable[[Any], Any], optimizer: Any, clip_val: float) -> None:
+    """Clip by the norm of all gradients; torch's own takes no divided and whole ones together.
+
+    Args:
+        parameters: The plugin's `main_params`.
+        optimizer: Whose gradients.
+        clip_val: Their norm at most.
+    """
+    held = [p for p in parameters(optimizer) if p.grad is not None]
+    kinds = [[p for p in held if isinstance(p, DTensor) is divided] for divided in (True, False)]
+    kinds = [kind for kind in kinds if kind]
+    if kinds:
+        norms = [_full(get_total_norm([p.grad for p in kind])) for kind in kinds]
+        total = torch.stack([norm.float() for norm in norms]).norm()
+        for kind in kinds:
+            clip_grads_with_norm_(kind, clip_val, total)
+
+
+def _clip_by_value(parameters: Callable[[Any], Any], optimizer: Any, clip_val: float) -> None:
+    """Clip each number of the gradients, divided and whole ones; arguments as above."""
+    for parameter in parameters(optimizer):
+        grad = parameter.grad
+        if grad is not None:
+            (grad.to_local() if isinstance(grad, DTensor) else grad).clamp_(-clip_val, clip_val)
 
 
 def _reshard(module: nn.Module) -> None:

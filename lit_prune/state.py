@@ -24,6 +24,7 @@ def saved(module: Any) -> dict[str, Any]:
     require_whole(module.model)
     return {
         "model_type": module.model.config.model_type,
+        "digest": module._outside.get("digest"),
         "dtype": str(module.model.dtype).removeprefix("torch."),
         "layout": module.layout.to_dict(),
         "biases": biased(module.model, module.structure),
@@ -60,6 +61,12 @@ def load(module: Any, state: Mapping[str, Any] | None) -> None:
             f"expected a checkpoint of {module.pretrained}, a {module.model.config.model_type} "
             f"model, got one of a {state['model_type']} model"
             f"{_apart(layout.of, module.structure.widths)}; give the model it was made from"
+        )
+    digests = (state.get("digest"), module._outside.get("digest"))
+    if all(digests) and digests[0] != digests[1]:
+        raise UserError(
+            f"expected a checkpoint of {module.pretrained}, got one of a model of the same shape "
+            "with other weights; give the model it was made from"
         )
     recovery.remove_lora(module.model)  # of that fit
     with keeping_dtypes(module.model):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from lit_prune import opening
 from lit_prune.calibrating import Batch, Calibration
@@ -23,7 +25,7 @@ from lit_prune.notes import noting
 from lit_prune.pruning import PruningCallback
 from lit_prune.shards import ShardWriter
 from lit_prune.shelf import Shelf, build_empty
-from lit_prune.statistics import InputStatistics
+from lit_prune.statistics import InputStatistics, require_finite
 from lit_prune.structure import settle
 
 
@@ -84,7 +86,7 @@ def prune_streaming(
             weights=False,
         )
         for tensors in shelf.outside(stock=stock):
-            writer.add(tensors)
+            _write(writer, tensors)
         writer.finish()
     return {
         "sparsity": module.history[-1]["sparsity"],
@@ -136,6 +138,17 @@ def _prune(
     present = sizes_of(module)
     reached = {key: 1 - number / callback.original[key] for key, number in present.items()}
     callback._record(trainer, module, reached, notes)  # pyright: ignore[reportArgumentType]
+
+
+def _write(writer: ShardWriter, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors that are numbers, as `Prunable.export` does.
+
+    Raises:
+        UserError: One is NaN or infinite.
+    """
+    for name, tensor in tensors.items():
+        require_finite(tensor, "weights", f"in {name}")
+    writer.add(tensors)
 
 
 @dataclass
@@ -197,7 +210,7 @@ class StreamedCalibration(Calibration):
                 self.shelf.take(layer)
                 yield layer
                 if changes:
-                    self.writer.add(self.shelf.tensors(layer))
+                    _write(self.writer, self.shelf.tensors(layer))
             self.shelf.put_back()
 
         return layers

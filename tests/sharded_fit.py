@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lit_prune import PrunableLM
@@ -49,6 +50,18 @@ class Shares(Callback):
         self.shares.append(held / whole)
 
 
+class VectorModule(OwnModule):
+    """Has a temperature for each token."""
+
+    def configure_model(self) -> None:
+        """Load the model, once."""
+        made = self.model is None
+        super().configure_model()
+        if made:
+            number = self.net.lm.config.vocab_size
+            self.net.temperature = nn.Parameter(torch.full((number,), 1.5))
+
+
 def _recovery() -> list[Callback]:
     return [LoRARecovery(rank=2), Distillation()]
 
@@ -76,15 +89,28 @@ def _masks(folder: Path) -> Parts:
 
 
 def _own(folder: Path) -> Parts:
-    """A module with a parameter of its own beside the model, and momentum."""
+    """A module with a vector of its own beside the model, and momentum."""
     pruning = FASPPruning(**{**_LATE, "length": 10})
     options = {"max_steps": 4, "accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
-    return OwnModule(str(folder / "dense")), OwnData(), [pruning], options
+    return VectorModule(str(folder / "dense")), OwnData(), [pruning], options
+
+
+def _own_by_value(folder: Path) -> Parts:
+    """The same with gradients that are clipped one by one."""
+    module, data, steps, options = _own(folder)
+    options |= {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
+    return module, data, steps, options
 
 
 #: Fits that go on under fsdp2 from a checkpoint, before and after cuts.
 RESUMED = (("one-shot", "ddp", 2), ("iterative", "fsdp2", 3), ("masks", "fsdp2", 2))
-FITS = {"one-shot": _one_shot, "iterative": _iterative, "masks": _masks, "own": _own}
+FITS = {
+    "one-shot": _one_shot,
+    "iterative": _iterative,
+    "masks": _masks,
+    "own": _own,
+    "own-by-value": _own_by_value,
+}
 
 
 def _data(folder: Path) -> Any:

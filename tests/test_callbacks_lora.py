@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,13 @@ def test_an_adapter_of_another_cut_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="expected a peft adapter's folder"):
         make_trainer(tmp_path, [CutAt(0), nothing]).fit(module, make_data(tmp_path))
     assert module.phase == "dense"  # refused before the cut
+
+
+def test_other_adapters_than_the_checkpoints_are_told() -> None:
+    attached = {**LoRARecovery(rank=2).options, "dtype": "float32"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LoRARecovery(rank=2)._tell_of_changes(attached)
+        LoRARecovery(rank=8, adapter="saved")._tell_of_changes(attached)
+    with pytest.warns(UserWarning, match=r"stay as they are: rank 2 \(here 3\)$"):
+        LoRARecovery(rank=3)._tell_of_changes(attached)

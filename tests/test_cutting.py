@@ -10,7 +10,13 @@ import pytest
 from lightning.pytorch import Callback
 
 from lit_prune import PrunableLM
-from lit_prune.callbacks import CoupledComponentPruning, FASPPruning, LoRARecovery, WandaPruning
+from lit_prune.callbacks import (
+    CoupledComponentPruning,
+    FASPPruning,
+    GainLossReport,
+    LoRARecovery,
+    WandaPruning,
+)
 from lit_prune.cutting import sizes_of
 from lit_prune.errors import UserError
 from tests.fasp_ranks import Windows, trainer_of
@@ -134,3 +140,18 @@ def test_data_that_does_not_suffice_is_refused_before_anything_is_done(tmp_path:
     assert not steps
     trainer_of(Count(0.2, **SMALL)).fit(module, datamodule=Once())
     assert module.phase == "pruned"
+
+
+def test_a_module_that_resumed_in_an_earlier_fit_is_not_taken_for_resumed_again() -> None:
+    module = module_of()
+    trainer_of(FASPPruning(0.2, **SMALL)).fit(module, datamodule=Windows())
+    module.resumed = True  # as loading a checkpoint leaves it
+    with pytest.raises(UserError, match="got one in phase 'pruned'"):
+        trainer_of(FASPPruning(0.2, **SMALL)).fit(module, datamodule=Windows())
+
+
+def test_a_report_forgets_an_earlier_fit() -> None:
+    report = GainLossReport()
+    report.models, report.notes = {"dense": {}}, ["of the first fit"]
+    report.setup(trainer_of(report), module_of(), "fit")
+    assert (report.models, report.notes) == ({}, [])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_prune import PrunableLM
@@ -80,7 +81,26 @@ def test_a_checkpoint_made_otherwise_is_refused(tmp_path: Path) -> None:
     words = r"of FASP with these options, got one with sparsity 0.2 \(here 0.5\), seed 0 \(here 1\)"
     with pytest.raises(UserError, match=words):
         run(FASPPruning(sparsity=0.5, seed=1, **small), step=1)
-    run(FASPPruning(sparsity=0.5, **small), step=2)  # nothing is cut any more
+    with pytest.warns(UserWarning, match=r"with other options, which stay: sparsity 0.2"):
+        run(FASPPruning(sparsity=0.5, **small), step=2)  # nothing is cut any more
     for step in (1, 2):
         with pytest.raises(UserError, match=r"expected a checkpoint of magnitude, got one of FASP"):
             run(MagnitudePruning(**small), step=step)
+
+
+def test_numbers_of_other_kinds_and_paths_are_told_apart() -> None:
+    class Made(RemembersOptions):
+        def __init__(self, value: Any = None) -> None:
+            self.value = value
+
+    for value, plain in [
+        (np.float64(0.25), 0.25),
+        (np.float32(0.25), 0.25),
+        (np.int64(3), 3),
+        (torch.tensor(2), 2),
+        (Path("a") / "b", "a/b"),
+        ({"y", "x"}, ["x", "y"]),
+        (True, True),
+    ]:
+        found = Made(value).made_with["value"]
+        assert (found, type(found)) == (plain, type(plain))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lit_prune import Prunable
+from lit_prune import Prunable, PrunableLM
 from lit_prune.callbacks import LoRARecovery, WandaPruning
 from lit_prune.distillation import cross_entropy
 from lit_prune.errors import UserError
@@ -162,7 +163,7 @@ def test_a_loss_must_be_asked_for_by_the_first_batch_of_each_callback():
     module.loss_term = lambda module, batch, output: torch.zeros(())
     with pytest.raises(UserError, match="expected training_step of Mine"):
         module.on_before_backward(torch.zeros(()))
-    module.loss(batch, None)
+    module.loss(batch, SimpleNamespace(logits=None))
     module.on_before_backward(torch.zeros(()))
     module.loss_term = lambda module, batch, output: torch.zeros(())
     with pytest.raises(UserError, match="expected training_step of Mine"):
@@ -268,3 +269,30 @@ def test_other_stages_take_any_module(tmp_path: Path):
 
     trainer = make_trainer(tmp_path, [wanda(), LoRARecovery()], limit_val_batches=1)
     assert trainer.validate(Other(), OwnData(), verbose=False) == [{"seen": 1.0}]
+
+
+def test_spoiled_weights_do_not_replace_a_checkpoint() -> None:
+    module = PrunableLM.from_model(tiny_model("llama"))
+    module.on_save_checkpoint({})
+    with torch.no_grad():
+        module.model.get_parameter("model.norm.weight")[3] = torch.inf
+    with pytest.raises(UserError, match=r"expected finite weights, got NaN or infinity in model\."):
+        module.on_save_checkpoint({})
+
+
+def test_a_checkpoint_of_other_weights_of_the_same_shape_is_refused() -> None:
+    checkpoint: dict[str, Any] = {}
+    first, other = (PrunableLM.from_model(tiny_model("llama")) for _ in range(2))
+    first.on_save_checkpoint(checkpoint)
+    other.on_load_checkpoint(checkpoint)  # the same weights
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.down_proj.weight").add_(0.1)
+    with pytest.raises(UserError, match="a model of the same shape with other weights"):
+        PrunableLM.from_model(model).on_load_checkpoint(checkpoint)
+
+
+def test_an_output_without_logits_is_told() -> None:
+    module = PrunableLM.from_model(tiny_model("llama"))
+    with pytest.raises(UserError, match=r"an output with logits .*, got Tensor; hand that on$"):
+        module.loss({}, torch.zeros(1, 2, 3))

@@ -66,6 +66,21 @@ def test_an_error_half_way_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["text"]
 
 
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight"],
+)
+def test_weights_that_no_score_sees_are_numbers(tmp_path: Path, method: str, name: str) -> None:
+    source = Path(save_model(tmp_path / "model"))
+    held = weights(source)
+    held[name].view(-1)[3] = torch.nan
+    save_file(held, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"expected finite weights, got NaN or infinity in {name}"):
+        streamed(str(source), METHODS[method].make(), tmp_path / "x" / "out")
+    assert not (tmp_path / "x" / "out").exists()
+
+
 @pytest.mark.parametrize("method", REFUSED)
 def test_methods_that_need_more_than_a_layer(tmp_path: Path, method: str) -> None:
     with pytest.raises(UserError, match=REFUSED[method]) as caught:

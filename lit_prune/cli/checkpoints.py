@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 import re
 import zipfile
-import zlib
 from pathlib import Path
+
+import torch
 
 from lit_prune.errors import UserError
 
@@ -16,6 +19,8 @@ PREVIOUS = "previous.ckpt"
 #: Added to the name of a damaged `LAST`, which would take the place of a whole `PREVIOUS`.
 DAMAGED = ".damaged"
 _LAST_OF_SHARDS = "meta.pt"
+#: What torch says where a file can't be mapped, for lack of memory or by a file system.
+_NO_MAPPING = "unable to mmap"
 _KEYWORDS = ("best", "hpc")
 
 
@@ -55,11 +60,13 @@ def find_checkpoint(folder: Path, wanted: str | None) -> tuple[str | None, list[
 def _newest_whole(folder: Path) -> tuple[str | None, list[str]]:
     found = [path for path in (folder / FOLDER).glob("*.ckpt") if not path.name.startswith(".")]
     # as Lightning does it, the newest of last.ckpt, last-v1.ckpt, …; then all others
-    found.sort(key=lambda p: (p.name.startswith("last"), p.stat().st_mtime_ns), reverse=True)
+    found.sort(key=lambda p: (p.name.startswith("last"), p.lstat().st_mtime_ns), reverse=True)
     passed = []
     for path in found:
         wrong = damage(path)
         if wrong is None:
+            if path.name == PREVIOUS and folder / FOLDER / LAST not in found:
+                passed.append(f"{path.with_name(LAST)} is missing")  # killed while it was renamed
             return str(path), passed
         passed.append(f"{path} {wrong}")
     if passed:
@@ -74,6 +81,7 @@ def damage(path: Path) -> str | None:
     """Tell what is wrong with a checkpoint's bytes.
 
     Reads all of them, since torch does not compare checksums: it loads a file with flipped bits.
+    And lets torch open it, whose reader minds bytes that Python's does not.
 
     Args:
         path: A file, or the folder that a sharded model is saved as, of which only the file that is
@@ -87,6 +95,14 @@ def damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        return f"is truncated or no checkpoint ({error})"
-    return None if bad is None else f"is damaged (wrong checksum of {bad})"
+        if bad is not None:
+            return f"is damaged (wrong checksum of {bad})"
+        with contextlib.suppress(pickle.UnpicklingError):  # whole, with more than weights in it
+            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    except Exception as error:  # a flipped bit can lead both readers anywhere
+        if isinstance(error, MemoryError) or _NO_MAPPING in str(error):
+            return None  # says nothing of the file
+        return f"is truncated or no checkpoint ({str(error).partition(chr(10))[0]})"
+    return None

@@ -20,6 +20,9 @@ _FULL = {errno.ENOSPC: "disk full", errno.EFBIG: "file too large", errno.EDQUOT:
 _FULL_TEXTS = ("No space left on device", "os error 28", "os error 27", "os error 122")
 #: What torch's allocator on the CPU says, in a RuntimeError.
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+#: What torch.distributed raises and says where another process is gone.
+_LOST_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
+_LOST_TEXTS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 _PATIENCE = 3.0
 
 
@@ -106,7 +109,9 @@ def _ended(action: Callable[[], None], parent: int) -> int:
         if message is None:
             if termination.asked and int(os.environ.get("WORLD_SIZE") or 1) > 1:
                 return _terminated()  # another process ended, and this one lost the connection
-            traceback.print_exc()
+            silent = _connection_lost(error) and not is_rank_zero() and _parent_ended(parent)
+            if not silent:
+                traceback.print_exc()
             return BUG
         if is_rank_zero() or not _parent_ended(parent):
             say(f"error: {message}")
@@ -160,6 +165,15 @@ def _out_of_memory(error: BaseException) -> str | None:
     return (
         f"out of memory ({first[:120]}): lower --data.batch_size or --data.length, or set "
         "--model.gradient_checkpointing true"
+    )
+
+
+def _connection_lost(error: BaseException) -> bool:
+    """Tell whether another process ended while this one, itself in order, waited for it."""
+    return any(
+        any(base.__name__ in _LOST_TYPES for base in type(link).__mro__)
+        or any(text in str(link) for text in _LOST_TEXTS)
+        for link in _causes(error)
     )
 
 

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 import lit_prune
 from lit_prune.cli.checkpoints import FOLDER, find_checkpoint
-from lit_prune.cli.guard import say
+from lit_prune.cli.guard import is_rank_zero, say
 from lit_prune.cli.parser import OneLineErrors
 from lit_prune.cli.results import print_metrics, print_predictions
 from lit_prune.cli.runfolder import RunFolder
@@ -185,6 +185,8 @@ class PruneCLI(LightningCLI):
         if self.folder is None:
             super()._run_subcommand(subcommand)
             return
+        if not self.config[subcommand].trainer.callbacks and is_rank_zero():
+            say("no callback prunes: name a configuration that does, such as --config fasp")
         with self.folder:
             super()._run_subcommand(subcommand)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from lit_prune.cli.checkpoints import DAMAGED, FOLDER, LAST, find_checkpoint
+from lit_prune.cli.checkpoints import DAMAGED, FOLDER, LAST, damage, find_checkpoint
 from lit_prune.cli.guard import is_rank_zero, say
 from lit_prune.errors import UserError
 
@@ -112,8 +112,16 @@ class RunFolder:
         for path in folder.glob(".*.ckpt.tmp*"):
             _remove(path)
         last = folder / LAST
-        if self._passed and str(last) != self.ckpt_path and last.is_file():
-            last.replace(folder / f"{LAST}{DAMAGED}")
+        if last.is_dir() or not os.path.lexists(last):
+            return
+        if last.resolve() == Path(self.ckpt_path or "").resolve():
+            return  # found to be whole
+        wrong = damage(last)
+        if wrong is not None:
+            aside = folder / f"{LAST}{DAMAGED}"
+            last.replace(aside)
+            if not self._passed:  # which has been said
+                say(f"{last} {wrong}: it is now {aside.name}")
 
     def _check(self, *, resumes: bool) -> None:
         entries = self._entries()

@@ -31,6 +31,8 @@ _DESCRIPTION = (
 )
 #: Options of `fit` that mean nothing here, so that the configuration of a run can be given.
 _OF_FIT = ("no_recovery", "overwrite", "ckpt_path", "weights_only")
+#: Those of them that ask for something that is not done.
+_UNMET = ("no_recovery", "overwrite", "ckpt_path")
 _WIDTH = 110  # of a table where there is no terminal
 
 
@@ -68,6 +70,13 @@ class StreamingCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, then settle what the shorthands mean."""
         self.config = parser.parse_args(args)
+        for name in _UNMET:
+            value = self.config[name]
+            if value not in (None, False):
+                raise UserError(
+                    f"expected no {name} in prune-streaming, got {value}: it makes a new folder, "
+                    "goes on from no checkpoint and never trains; leave it out"
+                )
         if self.config.stock:
             self.config.model.stock = True
         if self.config.sparsity is not None:

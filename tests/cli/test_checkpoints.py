@@ -62,6 +62,42 @@ def test_a_flipped_bit_elsewhere_does_no_harm(tmp_path: Path, place: int) -> Non
         assert torch.load(path, weights_only=True)["weight"].equal(torch.arange(5000.0))
 
 
+def test_a_flipped_bit_anywhere_is_found_or_does_no_harm(tmp_path: Path) -> None:
+    """In names, too, which Python decodes, and in what only torch's reader minds."""
+    path = tmp_path / "x.ckpt"
+    torch.save({"step": 3}, path)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in (1, 64):
+            path.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
+            if damage(path) is None:
+                assert torch.load(path, weights_only=True) == {"step": 3}
+
+
+def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    path.symlink_to("gone.ckpt")
+    assert damage(path) == "cannot be read (No such file or directory)"
+
+
+def test_more_than_weights_is_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    torch.save({"weight": torch.arange(3.0), "made": UserError("x")}, path)
+    assert damage(path) is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unable to mmap 3 bytes"), MemoryError()])
+def test_too_little_memory_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise error
+
+    path = save(tmp_path / "x.ckpt")
+    monkeypatch.setattr("torch.load", load)
+    assert damage(path) is None
+
+
 def test_last_is_the_newest_of_the_last_ones(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     assert find_checkpoint(tmp_path, "last") == (None, [])

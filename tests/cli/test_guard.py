@@ -203,13 +203,21 @@ def test_another_rank_speaks_only_if_its_launcher_lives_on(
     assert capsys.readouterr().err == "lit-prune: error: expected a, got b\n"
 
 
-def test_another_rank_is_silent_when_its_launcher_failed_too() -> None:
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("UserError('twice')", ""),
+        ("RuntimeError('pair.cc:534] Connection closed by peer [127.0.0.1]:1')", ""),
+        ("ValueError('of its own')", "ValueError: of its own\n"),
+    ],
+)
+def test_another_rank_is_silent_when_its_launcher_failed_too(error: str, told: str) -> None:
     child = (
         "import os, time\n"
         "from lit_prune.cli.guard import guarded\n"
         "from lit_prune.errors import UserError\n"
         "def action():\n"
-        "    raise UserError('twice')\n"
+        f"    raise {error}\n"
         "raise SystemExit(guarded(action))\n"
     )
     parent = (
@@ -221,7 +229,18 @@ def test_another_rank_is_silent_when_its_launcher_failed_too() -> None:
     done = subprocess.run(
         [sys.executable, "-c", parent], capture_output=True, text=True, env=dict(os.environ)
     )
-    assert done.stderr == ""
+    assert done.stderr.endswith(told)
+    assert bool(done.stderr) is bool(told)
+
+
+def test_a_lost_connection_is_told_where_no_other_process_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(guard, "_PATIENCE", 0.1)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert end(RuntimeError("Connection closed by peer")) == 1
+        assert capsys.readouterr().err.endswith("Connection closed by peer\n")
 
 
 def test_a_reader_that_has_enough_is_no_error() -> None:

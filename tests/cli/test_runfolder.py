@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from lit_prune.cli.runfolder import ASIDE, RunFolder, is_run_entry, worth_keeping
 from lit_prune.errors import UserError
@@ -22,7 +24,9 @@ def _single_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def listing(path: Path) -> dict[str, str | None]:
     """Every file with its text, and every folder."""
     return {
-        str(child.relative_to(path)): child.read_text() if child.is_file() else None
+        str(child.relative_to(path)): child.read_bytes().decode("latin-1")
+        if child.is_file()
+        else None
         for child in sorted(path.rglob("*"))
     }
 
@@ -31,12 +35,16 @@ def write(folder: Path, *names: str, text: str = "old") -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         content = whole(text) if name.endswith(".ckpt") else text
-        (folder / name).write_text(_CONFIG if name == "config.yaml" else content)
+        (folder / name).write_text(
+            _CONFIG if name == "config.yaml" else content, encoding="latin-1", newline=""
+        )
 
 
 def whole(text: str) -> str:
-    """An empty archive, as checkpoints are archives, with a comment."""
-    return "PK\5\6" + "\0" * 16 + f"{chr(len(text))}\0{text}"
+    """The bytes of a checkpoint that holds a text."""
+    file = io.BytesIO()
+    torch.save({"text": text}, file)
+    return file.getvalue().decode("latin-1")
 
 
 def fail(folder: Path, *writes: str, **arguments: object) -> None:
@@ -218,6 +226,45 @@ def test_last_passes_over_a_damaged_checkpoint(
     monkeypatch.delenv("RANK")
     with run:  # the next checkpoint must not push the whole one out
         assert sorted(os.listdir(folder)) == ["last.ckpt.damaged", "previous.ckpt"]
+
+
+def test_a_damaged_last_never_replaces_the_checkpoint_that_was_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    write(tmp_path, "config.yaml", "checkpoints/previous.ckpt")
+    (folder / "last.ckpt").write_text("PK")
+    with RunFolder(tmp_path, ckpt_path=str(folder / "previous.ckpt")):
+        assert sorted(os.listdir(folder)) == ["last.ckpt.damaged", "previous.ckpt"]
+    assert ": it is now last.ckpt.damaged\n" in capsys.readouterr().err
+    write(tmp_path, "checkpoints/last.ckpt")
+    for name in ("previous.ckpt", "last.ckpt"):
+        with RunFolder(tmp_path, ckpt_path=str(folder / name)):
+            assert (folder / "last.ckpt").exists()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_link_to_nothing_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    write(tmp_path, "config.yaml", "checkpoints/previous.ckpt")
+    (folder / "last.ckpt").symlink_to("gone.ckpt")
+    with RunFolder(tmp_path, ckpt_path="last") as run:
+        assert run.ckpt_path == str(folder / "previous.ckpt")
+        assert sorted(os.listdir(folder)) == ["last.ckpt.damaged", "previous.ckpt"]
+    assert "last.ckpt cannot be read (No such file" in capsys.readouterr().err
+
+
+def test_a_kill_between_two_renames_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    write(tmp_path, "config.yaml", "checkpoints/previous.ckpt", "checkpoints/.last.ckpt.tmp3")
+    with RunFolder(tmp_path, ckpt_path="last") as run:
+        assert run.ckpt_path == str(folder / "previous.ckpt")
+    line = f"{folder}/last.ckpt is missing: going on from {folder}/previous.ckpt"
+    assert capsys.readouterr().err == f"lit-prune: {line}\n"
 
 
 def test_last_with_nothing_whole(tmp_path: Path) -> None:

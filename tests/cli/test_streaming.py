@@ -72,6 +72,12 @@ def test_a_shipped_configuration_by_name(workspace: Workspace, here: Path) -> No
             ["--config", "fasp", "--out", "out", "--model.pretrained", "no/model"],
             "expected a local folder with safetensors weights, got no/model",
         ),
+        (["--config", "fasp", "--out", "out", "--overwrite", "true"], "expected no overwrite in"),
+        (["--config", "fasp", "--out", "out", "--no_recovery", "true"], "expected no no_recovery"),
+        (
+            ["--config", "fasp", "--out", "out", "--ckpt_path", "last"],
+            "expected no ckpt_path in prune-streaming, got last",
+        ),
     ],
 )
 def test_mistakes(
