@@ -66,8 +66,8 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, Set):
         return sorted(map(str, value))
-    if not isinstance(value, int | float) and hasattr(value, "item"):
-        value = value.item()  # of numpy or torch
+    item = getattr(value, "item", None)
+    value = item() if callable(item) else value  # of numpy or torch
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)  # not a subclass, such as numpy's floats
