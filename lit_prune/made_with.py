@@ -66,8 +66,11 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, Set):
         return sorted(map(str, value))
-    item = getattr(value, "item", None)
-    value = item() if callable(item) else value  # of numpy or torch
+    plain = getattr(value, "tolist", None)  # a number or an array of numpy or torch
+    if callable(plain):
+        value = plain()
+        if isinstance(value, list):
+            return _plain(value)
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)  # not a subclass, such as numpy's floats

@@ -83,6 +83,8 @@ def cached(model: Any, tokens: int) -> list[tuple[Tensor, Tensor]] | None:
         with torch.no_grad():
             cache = model(inputs_embeds=text, use_cache=True).past_key_values
     except (RuntimeError, NotImplementedError):
+        if not weight.is_meta:
+            raise
         return None
     return [(layer.keys, layer.values) for layer in cache.layers]
 

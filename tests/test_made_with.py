@@ -98,6 +98,8 @@ def test_numbers_of_other_kinds_and_paths_are_told_apart() -> None:
         (np.float32(0.25), 0.25),
         (np.int64(3), 3),
         (torch.tensor(2), 2),
+        (torch.tensor([0.5, 0.25]), [0.5, 0.25]),
+        (np.array([1, 2]), [1, 2]),
         (Path("a") / "b", "a/b"),
         ({"y", "x"}, ["x", "y"]),
         (True, True),
