@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 
-from lit_prune import evaluation
 from lit_prune.errors import UserError
-from lit_prune.prunable import require
-from lit_prune.report import build_report, model_entry, print_report, write_report
+from lit_prune.evaluation.perplexity import perplexity
+from lit_prune.evaluation.sizes import weight_bytes
+from lit_prune.evaluation.speed import median_speed, throughput
+from lit_prune.reporting.report import build_report, model_entry, print_report, write_report
+from lit_prune.stages import StageCallback
 from lit_prune.structure.counting import count_actual
 
 
-class GainLossReport(Callback):
+class GainLossReport(StageCallback):
     """Measures the dense, the pruned and the recovered model, and writes ``report.json``.
 
     Perplexity is that of the data module's validation windows. Speed is that of a forward pass,
@@ -34,43 +36,27 @@ class GainLossReport(Callback):
                 f"expected rounds of at least 0 and length of at least 1, got {rounds} and {length}"
             )
         self.file, self.rounds, self.length = file, rounds, length
-        self.models: dict[str, dict[str, Any]] = {}
+        super().__init__()
         self.notes: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Refuse a module that has no model to measure."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            require(pl_module, self)
-            self.models, self.notes = {}, []  # of an earlier fit; a checkpoint's are loaded later
+            self.notes = []  # as with `models`
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far."""
-        return {"models": self.models, "notes": self.notes}
+        return {**super().state_dict(), "notes": self.notes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with what was measured before."""
-        self.models, self.notes = state_dict["models"], state_dict["notes"]
-
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Measure the dense model, if nothing cut it or attached to it so far."""
-        self.on_before_cut(trainer, pl_module)
-
-    def on_before_cut(self, trainer: Trainer, pl_module: Any) -> None:
-        """Measure the dense model before it is changed for the first time."""
-        if pl_module.phase == "dense" and "dense" not in self.models:
-            self._measure(trainer, pl_module, "dense")
-
-    def on_after_cut(self, trainer: Trainer, pl_module: Any) -> None:
-        """Measure the model right after the last cut."""
-        if not pl_module.pruning_ahead:
-            self._measure(trainer, pl_module, "pruned")
+        super().load_state_dict(state_dict)
+        self.notes = state_dict["notes"]
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure the result, and write and print the report."""
-        pl_module.finish()
-        pl_module.to(trainer.strategy.root_device)
-        if trainer.global_step > pl_module.first_step:  # some methods train before they cut
-            self._measure(trainer, pl_module, "recovered")
+        super().on_fit_end(trainer, pl_module)
         if self.rounds and trainer.is_global_zero:
             self._measure_speed(trainer, pl_module)
         pl_module.report = self._report(trainer, pl_module)
@@ -79,21 +65,22 @@ class GainLossReport(Callback):
             write_report(pl_module.report, folder / self.file)
             print_report(pl_module.report, folder, stock=pl_module.is_stock)
 
-    def _measure(self, trainer: Trainer, pl_module: Any, name: str) -> None:
+    def measure(self, trainer: Trainer, pl_module: Any, name: str) -> dict[str, Any]:
+        """Perplexity and size of the model as it is."""
         model, structure = pl_module.model, pl_module.structure
         batches = list(_data(trainer).val_dataloader())[trainer.global_rank :: trainer.world_size]
         total, tokens = 0.0, 0
         if batches:
             text = f"perplexity of the {name} model" if trainer.is_global_zero else None
-            result = evaluation.perplexity(model, batches, progress=text)
+            result = perplexity(model, batches, progress=text)
             total, tokens = result.nll * result.tokens, result.tokens
         sums = torch.tensor([total, tokens], dtype=torch.float64, device=pl_module.device)
         sums = trainer.strategy.reduce(sums, reduce_op="sum")
-        self.models[name] = model_entry(
+        return model_entry(
             perplexity=float((sums[0] / sums[1]).exp()),
             parameters=count_actual(model, structure),
             decoder_parameters=count_actual(model, structure, decoder=True),
-            weight_bytes=evaluation.weight_bytes(model),
+            weight_bytes=weight_bytes(model),
         )
 
     def _measure_speed(self, trainer: Trainer, pl_module: Any) -> None:
@@ -104,10 +91,10 @@ class GainLossReport(Callback):
             return
         tokens = next(iter(_data(trainer).val_dataloader()))["input_ids"][:1, : self.length]
         models = {"dense": dense, "final": pl_module.model}
-        speeds = evaluation.throughput(models, tokens, self.rounds)
+        speeds = throughput(models, tokens, self.rounds)
         for name, entry in self.models.items():  # recovery leaves the pruned model's shapes
             speed = speeds["dense" if name == "dense" else "final"]
-            entry["tokens_per_second"] = evaluation.median_speed(speed)
+            entry["tokens_per_second"] = median_speed(speed)
 
     def _report(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         data = _data(trainer)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_prune.errors import UserError
-from lit_prune.evaluation import block_rows, predicted_tokens, row_blocks
+from lit_prune.evaluation.perplexity import block_rows, predicted_tokens, row_blocks
 
 
 class LossTerm(Protocol):

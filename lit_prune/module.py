@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lit_prune import opening
 from lit_prune.dtypes import DTYPES
 from lit_prune.errors import UserError
-from lit_prune.evaluation import TokenPerplexity
+from lit_prune.evaluation.perplexity import TokenPerplexity
 from lit_prune.pretrained import load_tokenizer
 from lit_prune.prunable import Prunable
 from lit_prune.schedule import OptimizerName, Shape, check_settings, optimization

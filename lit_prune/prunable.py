@@ -85,6 +85,8 @@ class Prunable(LightningModule):
         self.seconds: dict[str, float] = {}
         #: Optimizer steps before the last `recut`, which starts the schedule anew.
         self.first_step = 0
+        #: What callbacks found out for the report, by section, as plain types.
+        self.findings: dict[str, Any] = {}
         #: Filled by a report callback, for the model card.
         self.report: dict[str, Any] | None = None
         #: Set by a callback that replaces the loss.

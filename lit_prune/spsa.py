@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import UserError
-from lit_prune.evaluation import token_nll
+from lit_prune.evaluation.perplexity import token_nll
 from lit_prune.gradients import labels_of
 from lit_prune.modes import evaluating
 from lit_prune.scores.random import generator_for

@@ -34,6 +34,7 @@ def saved(module: Any) -> dict[str, Any]:
         "adapter": module.adapter,
         "history": module.history,
         "seconds": module.seconds,
+        "findings": module.findings,
         "first_step": module.first_step,
     }
 
@@ -83,7 +84,7 @@ def load(module: Any, state: Mapping[str, Any] | None) -> None:
     if state["gates"] is not None:
         module.gates = Gates(module.structure.widths, **state["gates"])
     module.layout, module.adapter = layout, state["adapter"]
-    for name in ("history", "seconds", "first_step"):
+    for name in ("history", "seconds", "findings", "first_step"):
         setattr(module, name, state[name])
     if state["phase"] == "recovery":
         module.attach_adapter(**state["adapter"])

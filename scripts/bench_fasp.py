@@ -27,7 +27,7 @@ from lit_prune import PrunableLM, TextDataModule
 from lit_prune.allocation import Plan, uniform
 from lit_prune.calibration import Stream
 from lit_prune.callbacks import Distillation, ExportCheckpoint, FASPPruning, LoRARecovery
-from lit_prune.evaluation import perplexity
+from lit_prune.evaluation.perplexity import perplexity
 from lit_prune.layerwise import Restoration, by_columns, prune_layers
 from lit_prune.progress import track
 from lit_prune.restoration import Gram, least_squares

@@ -43,7 +43,7 @@ def measure(name: str, data: Path, batch_size: int) -> dict[str, float]:
 
     from lit_prune import PrunableLM, TextDataModule, callbacks
     from lit_prune.calibrating import Calibration
-    from lit_prune.evaluation import weight_bytes
+    from lit_prune.evaluation.sizes import weight_bytes
     from lit_prune.gradients import differentiating, loss_of
 
     module = PrunableLM(MODEL)

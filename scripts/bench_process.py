@@ -25,7 +25,7 @@ from bench_cells import (
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from lit_prune import PrunableLM, TextDataModule, callbacks
-from lit_prune.evaluation import perplexity
+from lit_prune.evaluation.perplexity import perplexity
 
 
 def resident(key: str) -> int:

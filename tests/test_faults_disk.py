@@ -20,7 +20,7 @@ from lit_prune.data.cache import cached
 from lit_prune.errors import UserError
 from lit_prune.export import export_checkpoint
 from lit_prune.recovery import attach_lora
-from lit_prune.report import write_report
+from lit_prune.reporting.report import write_report
 from tests.both_ways import SMALL, streamed
 from tests.foreign_method import DeviationPruning
 from tests.structure.tiny import tiny_model

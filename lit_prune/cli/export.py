@@ -15,7 +15,7 @@ from lit_prune.export.describe import card_of
 from lit_prune.files import folder_errors, written_at_once
 from lit_prune.module import PrunableLM
 from lit_prune.recovery import lora_parameters, remove_lora
-from lit_prune.report import load_lines
+from lit_prune.reporting.report import load_lines
 from lit_prune.restore import model_options, restore
 from lit_prune.structure.counting import count_actual
 

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from lit_prune.allocation import uniform
 from lit_prune.errors import UserError
+from lit_prune.evaluation.sizes import axis_sizes, expected, reachable, totals
 from lit_prune.export.load import build_pruned
 from lit_prune.pretrained import load_config, resolve
-from lit_prune.sizes import axis_sizes, expected, reachable, totals
 from lit_prune.source_errors import said_in_one_line
 from lit_prune.structure import Structure, Widths
 from lit_prune.structure.counting import unique_labels

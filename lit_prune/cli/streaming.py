@@ -20,7 +20,7 @@ from lit_prune.data import TextDataModule
 from lit_prune.errors import UserError
 from lit_prune.module import PrunableLM
 from lit_prune.pruning import PruningCallback
-from lit_prune.report import load_lines
+from lit_prune.reporting.report import load_lines
 from lit_prune.streaming import prune_streaming
 
 _DESCRIPTION = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lit_prune.card import model_card
-from lit_prune.report import load_lines
+from lit_prune.reporting.card import model_card
+from lit_prune.reporting.report import load_lines
 
 
 def card_of(module: Any, name: str) -> str:

@@ -16,8 +16,9 @@ import yaml
 from lightning.pytorch import Trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_prune import PrunableLM, TextDataModule, evaluation, load_pruned
+from lit_prune import PrunableLM, TextDataModule, load_pruned
 from lit_prune.cli.front import main
+from lit_prune.evaluation import perplexity as evaluation
 from tests.cli.conftest import PROGRESS, Command, Workspace, snapshot
 from tests.tiny_fit import write_text
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lit_prune.report import (
+from lit_prune.reporting.report import (
     build_report,
     load_lines,
     model_entry,

@@ -1,4 +1,4 @@
-"""Perplexity, the metric, speed and size, against slow literal loops."""
+"""Perplexity and the metric, against slow literal loops."""
 
 from __future__ import annotations
 
@@ -8,27 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lit_prune import evaluation
 from lit_prune.errors import UserError
-from lit_prune.evaluation import TokenPerplexity, perplexity, throughput, token_nll
-
-
-def tiny_model(tied: bool = False) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        initializer_range=0.5,
-    )
-    return LlamaForCausalLM(config).double()
+from lit_prune.evaluation import perplexity as evaluation
+from lit_prune.evaluation.perplexity import TokenPerplexity, perplexity, token_nll
+from tests.evaluation.small import tiny_model
 
 
 def batch_of(lengths: list[int], pad: int = 0) -> dict[str, Tensor]:
@@ -199,33 +183,3 @@ def test_metric_keeps_its_precision_when_the_module_is_cast():
     assert metric.compute().item() == pytest.approx(3, rel=1e-6)
     metric.reset()
     assert (metric.total.dtype, metric.count.dtype) == (torch.float64, torch.int64)
-
-
-def test_throughput_alternates_and_leaves_the_modes():
-    models = {"dense": tiny_model().train(), "pruned": tiny_model().eval()}
-    order: list[tuple[str, bool]] = []
-    for name, model in models.items():
-        model.register_forward_hook(
-            lambda module, args, out, name=name: order.append((name, module.training))
-        )
-    speeds = throughput(models, torch.ones(1, 8, dtype=torch.long), rounds=3)
-    assert order == [("dense", False), ("pruned", False)] * 4  # one warm-up each
-    assert {name: len(values) for name, values in speeds.items()} == {"dense": 3, "pruned": 3}
-    assert all(value > 0 for values in speeds.values() for value in values)
-    assert (models["dense"].training, models["pruned"].training) == (True, False)
-
-
-def test_median_speed_ignores_a_disturbed_round():
-    assert evaluation.median_speed([10.0, 1.0, 12.0]) == 10.0
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_bytes_of_weights_in_memory_and_on_disk(tmp_path, tied: bool):
-    model = tiny_model(tied).bfloat16()
-    model.save_pretrained(tmp_path)
-    (tmp_path / "other.bin").write_bytes(b"123")
-    expected = sum({id(p): p.numel() * 2 for p in model.parameters()}.values())
-    untied = 2 * 61 * 16 * 2 + (expected - (1 if tied else 2) * 61 * 16 * 2)
-    assert evaluation.weight_bytes(model) == expected == untied - tied * 61 * 16 * 2
-    header = evaluation.checkpoint_bytes(tmp_path) - expected
-    assert 0 < header < 4096

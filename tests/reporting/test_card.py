@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from lit_prune import PrunableLM
-from lit_prune.card import model_card, public_name
 from lit_prune.export.describe import card_of
-from lit_prune.report import build_report, load_lines, model_entry
+from lit_prune.reporting.card import model_card, public_name
+from lit_prune.reporting.report import build_report, load_lines, model_entry
 from tests.structure.tiny import tiny_model
 
 METHOD: dict[str, Any] = {

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_prune.evaluation import median_speed
+from lit_prune.evaluation.speed import median_speed
 from lit_prune.files import file_written_at_once
 
 if TYPE_CHECKING:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.allocation import Plan
-from lit_prune.evaluation import weight_bytes
 from lit_prune.structure import Layout, Structure, Widths, cut, settle
 from lit_prune.structure.counting import count, count_actual, count_macs, unique_labels
 from lit_prune.structure.dims import PER_GROUP
@@ -107,6 +107,16 @@ def _bytes(cache: list[tuple[Tensor, Tensor]] | None) -> int | None:
     if cache is None:
         return None
     return sum(part.numel() * part.element_size() for pair in cache for part in pair)
+
+
+def checkpoint_bytes(directory: str | Path) -> int:
+    """Bytes of a checkpoint's weight files (`*.safetensors`)."""
+    return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters, tied ones counted once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def expected(model: Any, structure: Structure, plan: Plan, length: int) -> dict[str, Any]:

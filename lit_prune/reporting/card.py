@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lit_prune.report import COLUMNS, protocol_line, sparsity_line, table_rows, versions
+from lit_prune.reporting.report import COLUMNS, protocol_line, sparsity_line, table_rows, versions
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LOCAL = re.compile(r"^(?:/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\)|^file:")
@@ -31,13 +31,13 @@ def model_card(
     header, where it would point to another model; the nearest hub name of the lineage stands there.
 
     Args:
-        report: The report (see `lit_prune.report`); None if nothing was measured.
+        report: The report (see `lit_prune.reporting.report`); None if nothing was measured.
         lineage: Earlier prunings, oldest first: plain dicts, such as base, method, sparsity.
         base: What was pruned: hub name, folder, file, or `embedded:` name.
         method: `name`, `options` (a dict), `lora` (whether recovery was that), and `widths`: axis
             -> {"dense": units per layer before, "kept": units per layer now}, each a number or a
             list with one per layer.
-        load_lines: Python that loads the checkpoint (`lit_prune.report.load_lines`).
+        load_lines: Python that loads the checkpoint (`lit_prune.reporting.report.load_lines`).
         stock: Whether the architecture's stock class holds it.
         license: The base model's license identifier, passed through.
 

@@ -1,13 +1,10 @@
-"""What is left of a model: perplexity, speed and size."""
+"""How well a model predicts a text."""
 
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -209,54 +206,3 @@ def _require_finite(value: float, index: int, progress: str | None) -> None:
         f"expected a finite loss, got {kind} in evaluation batch {index}{where}; "
         "check the weights, or evaluate in bfloat16 or float32 instead of float16"
     )
-
-
-def throughput(
-    models: Mapping[str, nn.Module], input_ids: Tensor, rounds: int = 5
-) -> dict[str, list[float]]:
-    """Tokens a second of a forward pass, the models taking turns.
-
-    Taking turns spreads a disturbance of the machine over all models; each has a warm-up first.
-
-    Args:
-        models: Name -> causal LM.
-        input_ids: Tokens [batch, length] of every pass.
-        rounds: Passes per model.
-
-    Returns:
-        Name -> tokens/s of each round.
-    """
-    speeds: dict[str, list[float]] = {name: [] for name in models}
-    for number in range(rounds + 1):
-        for name, model in models.items():
-            device = next(model.parameters()).device
-            tokens = input_ids.to(device)
-            with evaluating(model), torch.no_grad():
-                _synchronize(device)
-                start = time.perf_counter()
-                model(input_ids=tokens, use_cache=False)
-                _synchronize(device)
-            if number:
-                speeds[name].append(tokens.numel() / (time.perf_counter() - start))
-    return speeds
-
-
-def median_speed(speeds: Sequence[float]) -> float:
-    """The middle of `throughput`'s rounds, tokens/s."""
-    return statistics.median(speeds)
-
-
-def checkpoint_bytes(directory: str | Path) -> int:
-    """Bytes of a checkpoint's weight files (`*.safetensors`)."""
-    return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters, tied ones counted once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait for a GPU's queue, so that the clock measures the work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""What is left of a model: perplexity, tasks, size and speed."""
