@@ -7,7 +7,8 @@ of the uninterrupted fit::
 
     python scripts/kill_campaign.py --out DIR [--mode single] [--mode ddp] [--quick]
 
-It prints a table of phases, hits and survivals, and ends with code 1 if anything differs.
+It prints a table of phases, hits and survivals, and ends with code 1 if anything differs or a phase
+was hit too rarely.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from typing import Any
 from kill_fits import configuration, make_inputs
 
 PHASES = ("calibration", "mask learning", "cut", "recovery", "export")
-#: In which phases a fit is killed, one after the other. At least three in each.
+LEAST = 3
+#: In which phases a fit is killed, one after the other. At least `LEAST` in each.
 CHAINS = [
     ("fasp", ["calibration", "cut", "recovery", "export"]),
     ("cce", ["calibration", "between cuts", "calibration", "cut", "recovery"]),
@@ -127,12 +129,18 @@ class Campaign:
         self.kills += kills
         self._write()
 
-    def fill(self, mode: str, least: int = 3) -> None:
+    def few(self) -> list[tuple[str, str]]:
+        """Modes and phases with fewer hits than there should be."""
+        hits = Counter((kill.mode, kill.phase) for kill in self.kills)
+        modes = dict.fromkeys(kill.mode for kill in self.kills)
+        return [(m, phase) for m in modes for phase in PHASES if hits[m, phase] < LEAST]
+
+    def fill(self, mode: str) -> None:
         """Kill more fits in phases that were hit too rarely: some moments come a little late."""
-        for attempt in range(least):
+        for attempt in range(LEAST):
             hits = Counter(kill.phase for kill in self.kills if kill.mode == mode)
             for phase in PHASES:
-                missing = [phase] * (least - hits[phase])
+                missing = [phase] * (LEAST - hits[phase])
                 if missing:
                     method = "vib" if phase == "mask learning" else "fasp"
                     self.chain(method, mode, missing, 100 + 10 * attempt + PHASES.index(phase))
@@ -228,7 +236,10 @@ def main() -> int:
         if kill.wrong:
             print(f"{kill.mode} {kill.method}, killed in {kill.phase}: {'; '.join(kill.wrong)}")
     print(f"{len(campaign.kills)} kills in {(time.monotonic() - begin) / 60:.1f} minutes")
-    return int(any(kill.wrong or kill.phase == "missed" for kill in campaign.kills))
+    few = [] if args.quick else campaign.few()
+    for mode, phase in few:
+        print(f"{mode}: fewer than {LEAST} kills in {phase}")
+    return int(bool(few) or any(kill.wrong for kill in campaign.kills))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -32,21 +34,23 @@ class _Table(ExperimentWriter):
         super().save()
         self.rows += added
 
-    def cut_back(self, rows: int, step: int | None) -> None:
+    def cut_back(self, rows: int, last: Mapping[str, Any]) -> None:
         """Drop what was logged after a checkpoint.
 
         Args:
             rows: Rows that were there when it was made.
-            step: The step of the row that comes right after it, if that is of the saved step.
+            last: The row that was due right after it, or nothing.
         """
         header, found = self._read()
-        after = found[rows : rows + 1]
-        if after and after[0][header.index("step")] != str(step):
-            after = []
-        kept = [*found[:rows], *after]
+        kept = found[:rows]
         if header:
             self._write([header, *kept])
         self.rows = len(kept)
+        cells = {key: str(value) for key, value in last.items()}
+        logged = [dict(zip(header, row, strict=True)) for row in kept]
+        if cells and not any({k: v for k, v in row.items() if v} == cells for row in logged):
+            self.metrics.append(dict(last))
+            self.save()
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         """Add columns, at once."""
@@ -119,6 +123,7 @@ class KeepMetrics(Callback):
         if trainer.is_global_zero:
             self.log_of_run.save()
             checkpoint["metrics_rows"] = self.log_of_run.experiment.rows
+            checkpoint["metrics_row"] = _due(trainer)
 
     @rank_zero_only
     def on_load_checkpoint(
@@ -126,11 +131,20 @@ class KeepMetrics(Callback):
     ) -> None:
         """Drop the rows that will come again.
 
-        The saved step's own row is logged after the checkpoint is written, so it won't.
+        The saved step's own row is logged after the checkpoint is written: it won't come again,
+        and a kill in between has kept it from the file.
         """
         if "metrics_rows" not in checkpoint:  # not made by this command
             return
-        step, every = checkpoint["global_step"], cast(Any, trainer).log_every_n_steps
-        is_logged = every > 0 and step % every == 0
-        rows = checkpoint["metrics_rows"]
-        self.log_of_run.experiment.cut_back(rows, step - 1 if is_logged else None)
+        rows, last = checkpoint["metrics_rows"], checkpoint["metrics_row"]
+        self.log_of_run.experiment.cut_back(rows, last)
+
+
+def _due(trainer: Trainer) -> dict[str, Any]:
+    """The row of the present step, which Lightning logs after the callbacks' hooks."""
+    connector = cast(Any, trainer)._logger_connector
+    if connector._first_loop_iter is None or not connector.should_update_logs:
+        return {}  # not in a step, or in one that is not logged
+    values = convert_tensors_to_scalars(connector.metrics["log"])
+    step = values.pop("step", trainer.fit_loop.epoch_loop._batches_that_stepped)
+    return {"epoch": trainer.current_epoch, **values, "step": int(step)} if values else {}

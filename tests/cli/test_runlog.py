@@ -11,8 +11,17 @@ import pytest
 from lit_prune.cli.runlog import KeepMetrics, RunLog
 
 
-def trainer(every: int = 1) -> Any:
-    return SimpleNamespace(is_global_zero=True, log_every_n_steps=every)
+def trainer(step: int = 0, due: dict[str, float] | None = None) -> Any:
+    """In a step whose row is due, or in none."""
+    connector = SimpleNamespace(
+        _first_loop_iter=None if due is None else False,
+        should_update_logs=True,
+        metrics={"log": due},
+    )
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=step - 1))
+    return SimpleNamespace(
+        is_global_zero=True, current_epoch=0, fit_loop=loop, _logger_connector=connector
+    )
 
 
 def rows(folder: Path) -> list[str]:
@@ -21,28 +30,28 @@ def rows(folder: Path) -> list[str]:
 
 def log_steps(log: RunLog, *steps: int, key: str = "loss") -> None:
     for step in steps:
-        log.log_metrics({key: step / 2}, step)
+        log.log_metrics({"epoch": 0, key: step / 2}, step)
 
 
-def saved(log: RunLog, step: int) -> dict[str, Any]:
+def saved(log: RunLog, step: int, due: dict[str, float] | None = None) -> dict[str, Any]:
     checkpoint: dict[str, Any] = {"global_step": step}
-    KeepMetrics(log).on_save_checkpoint(trainer(), None, checkpoint)  # pyright: ignore
+    KeepMetrics(log).on_save_checkpoint(trainer(step, due), None, checkpoint)  # pyright: ignore
     return checkpoint
 
 
-def resume(folder: Path, checkpoint: dict[str, Any], every: int = 1) -> RunLog:
+def resume(folder: Path, checkpoint: dict[str, Any]) -> RunLog:
     log = RunLog(folder)
-    KeepMetrics(log).on_load_checkpoint(trainer(every), None, checkpoint)  # pyright: ignore
+    KeepMetrics(log).on_load_checkpoint(trainer(), None, checkpoint)  # pyright: ignore
     return log
 
 
 def test_rows_are_written_at_once(tmp_path: Path) -> None:
     log_steps(RunLog(tmp_path), 0, 1)
-    assert rows(tmp_path) == ["loss,step", "0.0,0", "0.5,1"]
+    assert rows(tmp_path) == ["epoch,loss,step", "0,0.0,0", "0,0.5,1"]
 
 
-@pytest.mark.parametrize("lost", [0, 2])
-def test_a_resumed_log_is_that_of_one_run(tmp_path: Path, lost: int) -> None:
+@pytest.mark.parametrize("lost", [None, 0, 2])
+def test_a_resumed_log_is_that_of_one_run(tmp_path: Path, lost: int | None) -> None:
     log = RunLog(tmp_path / "whole")
     log.log_metrics({"cut": 1.0}, 0)
     log_steps(log, 0, 1)
@@ -52,17 +61,17 @@ def test_a_resumed_log_is_that_of_one_run(tmp_path: Path, lost: int) -> None:
     log = RunLog(tmp_path / "run")
     log.log_metrics({"cut": 1.0}, 0)
     log_steps(log, 0)
-    checkpoint = saved(log, step=2)  # after the second step, whose own row follows
-    log_steps(log, 1)
-    log_steps(log, *range(2, 2 + lost), key="other")
+    checkpoint = saved(log, step=2, due={"loss": 0.5})  # after the second step, whose row follows
+    if lost is not None:  # else killed before that
+        log_steps(log, 1)
+        log_steps(log, *range(2, 2 + lost), key="other")
     log = resume(tmp_path / "run", checkpoint)
-    assert rows(tmp_path / "run")[-1].endswith(",0.5,1" if not lost else ",0.5,,1")
     log_steps(log, 2, 3, key="other")
     assert rows(tmp_path / "run") == expected
-    # and again
-    checkpoint = saved(log, step=5)
+    # and again, from a checkpoint whose step is in the file
+    checkpoint = saved(log, step=4, due={"other": 1.5})
     log_steps(log, 7)
-    log = resume(tmp_path / "run", checkpoint)
+    resume(tmp_path / "run", checkpoint)
     assert rows(tmp_path / "run") == expected
 
 
@@ -71,11 +80,8 @@ def test_a_step_that_is_not_logged_has_no_row_to_keep(tmp_path: Path) -> None:
     log_steps(log, 1)
     checkpoint = saved(log, step=3)
     log.log_metrics({"val": 1.0}, 2)  # comes again
-    resume(tmp_path, checkpoint, every=2)
-    assert rows(tmp_path) == ["loss,step,val", "0.5,1,"]
-    log_steps(RunLog(tmp_path), 2)
-    resume(tmp_path, checkpoint, every=0)
-    assert rows(tmp_path) == ["loss,step,val", "0.5,1,"]
+    resume(tmp_path, checkpoint)
+    assert rows(tmp_path) == ["epoch,loss,step,val", "0,0.5,1,"]
 
 
 def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
@@ -83,14 +89,14 @@ def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     log_steps(log, 0)
     checkpoint = saved(log, step=1)
     path = tmp_path / "logs/version_0/metrics.csv"
-    path.write_text(path.read_text() + "0.2,1")
+    path.write_text(path.read_text() + "0,0.2,1")
     log_steps(resume(tmp_path, checkpoint), 1)
-    assert rows(tmp_path)[1:] == ["0.0,0", "0.5,1"]
+    assert rows(tmp_path)[1:] == ["0,0.0,0", "0,0.5,1"]
 
 
 def test_a_new_folder_and_a_foreign_checkpoint(tmp_path: Path) -> None:
-    log = resume(tmp_path / "new", {"global_step": 5, "metrics_rows": 9})
+    log = resume(tmp_path / "new", {"global_step": 5, "metrics_rows": 9, "metrics_row": {}})
     log_steps(log, 5)
-    assert rows(tmp_path / "new") == ["loss,step", "2.5,5"]
+    assert rows(tmp_path / "new") == ["epoch,loss,step", "0,2.5,5"]
     resume(tmp_path / "new", {"global_step": 5})
     assert len(rows(tmp_path / "new")) == 2

@@ -82,6 +82,10 @@ def steps_of(folder: Path) -> int:
     return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"]
 
 
+def _drop_last_row(path: Path) -> None:
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_in_training(
     workspace: Workspace, tmp_path: Path, capfd: pytest.CaptureFixture[str], accumulated: int
@@ -101,6 +105,8 @@ def test_in_training(
         assert "Traceback" not in err
         assert steps_of(folder) == step + 1
         assert not (folder / "report.json").exists()
+        if step == 1:  # killed before the saved step was logged
+            _drop_last_row(folder / "logs/version_0/metrics.csv")
         assert fit(plain, folder.name, "--ckpt_path", "last") == 0
         assert_equal_results(folder, tmp_path / "whole")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
