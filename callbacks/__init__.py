@@ -12,6 +12,7 @@ from lit_prune.callbacks.magnitude import MagnitudePruning
 from lit_prune.callbacks.random_pruning import RandomPruning
 from lit_prune.callbacks.random_state import RandomState
 from lit_prune.callbacks.report import GainLossReport
+from lit_prune.callbacks.tasks import TaskEvaluation
 from lit_prune.callbacks.taylor import TaylorPruning
 from lit_prune.callbacks.vib import VIBPruning
 from lit_prune.callbacks.wanda import WandaPruning
@@ -30,6 +31,7 @@ __all__ = [
     "MagnitudePruning",
     "RandomPruning",
     "RandomState",
+    "TaskEvaluation",
     "TaylorPruning",
     "VIBPruning",
     "WandaPruning",

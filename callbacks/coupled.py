@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
@@ -12,14 +13,15 @@ from lit_prune.calibrating import Calibration
 from lit_prune.coupled import coupled_scores
 from lit_prune.decision import narrow_stream
 from lit_prune.elimination import Step, plan_course
-from lit_prune.errors import UserError, require_one_of
+from lit_prune.errors import UserError, require_one_of, require_unused
 from lit_prune.lora_gradients import LoRA
 from lit_prune.prunable import Prunable
 from lit_prune.pruning import AxisName, PruningCallback
 from lit_prune.ranking import Scores, kept_units
+from lit_prune.scores.random import seed_of
 from lit_prune.smoothing import Smoothing
 from lit_prune.structure import Layout
-from lit_prune.structure.counting import unique_labels
+from lit_prune.structure.counting import count, unique_labels
 from lit_prune.structure.norms import NormRescale
 
 Gradients = Literal["full", "lora"]
@@ -79,8 +81,8 @@ class CoupledComponentPruning(PruningCallback):
             batch_size=batch_size,
             **options,
         )
-        require_one_of(gradients, Gradients)
-        require_one_of(norm_rescale, NormRescale)
+        require_one_of("gradients", gradients, Gradients)
+        require_one_of("norm_rescale", norm_rescale, NormRescale)
         self.gradients, self.smooths_sentences = gradients, smoothing
         self.norm_rescale: NormRescale = norm_rescale
         self.full_iterations, self.ffn_step = iterations, ffn_step
@@ -97,6 +99,8 @@ class CoupledComponentPruning(PruningCallback):
                 f"{self.allocation}, {self.per_layer_ratio} and {self.multiple} as allocation, "
                 f"per_layer_ratio and multiple, and axes {', '.join(self.axes)}; leave it out"
             )
+        if "hidden" not in self.axes:
+            require_unused(CoupledComponentPruning, "the axis hidden", norm_rescale=norm_rescale)
         #: What goes in each iteration; None where each takes the same share.
         self.steps: list[Step] | None = None if shares else []
         if not shares:
@@ -123,7 +127,8 @@ class CoupledComponentPruning(PruningCallback):
     def prepare(self, trainer: Trainer, pl_module: Prunable) -> None:
         """Check what was asked before anything is done, and plan the iterations."""
         if all(sizes["query"] == 1 for sizes in pl_module.layout.of.layers):
-            self.axes = tuple("group" if axis == "query" else axis for axis in self.axes)
+            heads = ("group" if axis == "query" else axis for axis in self.axes)
+            self.axes = tuple(dict.fromkeys(heads))
         if self.steps is not None and not self.iteration:
             course = plan_course(
                 unique_labels(pl_module.model, pl_module.structure),
@@ -143,9 +148,18 @@ class CoupledComponentPruning(PruningCallback):
                 raise self._too_short(trainer.max_steps)
         super().prepare(trainer, pl_module)
 
+    def goal(self, pl_module: Prunable) -> float:
+        """Share of the decoder's original parameters to remove by the last cut."""
+        if self.relative_to == "total" and self.steps and "hidden" in self.axes:
+            # features take parameters out of embeddings, too: only the plan knows how many
+            labels, dense = unique_labels(pl_module.model, pl_module.structure), pl_module.layout.of
+            left = reduce(lambda widths, step: step.applied(widths), self.steps, dense)
+            return 1 - count(labels, left, decoder=True) / count(labels, dense, decoder=True)
+        return super().goal(pl_module)
+
     def score(self, calibration: Calibration) -> Scores:
         """Score heads, channels and features by their coupled components."""
-        lora = LoRA(seed=calibration.seed + calibration.iteration)
+        lora = LoRA(seed=seed_of(calibration.seed, calibration.iteration))
         return coupled_scores(
             calibration.model,
             calibration.structure,

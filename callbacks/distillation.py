@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from lit_prune.distillation import distillation_loss
-from lit_prune.errors import UserError
+from lit_prune.errors import UserError, require_unused
 from lit_prune.hidden import HiddenStates, hidden_loss, matching_layers
 from lit_prune.prunable import require
 from lit_prune.quantized import Precision, check_precision
@@ -56,6 +56,10 @@ class Distillation(Callback):
             raise UserError(f"expected a temperature above 0, got {temperature:g}")
         if hidden_every < 1:
             raise UserError(f"expected hidden_every of at least 1, got {hidden_every}")
+        if not kl:
+            require_unused(Distillation, "a kl above 0", temperature=temperature)
+        if not hidden:
+            require_unused(Distillation, "a weight hidden above 0", hidden_every=hidden_every)
         self.weights = {
             "task_weight": task,
             "kl_weight": kl,

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from lit_prune import opening
 from lit_prune.export import check_destination
 from lit_prune.export.describe import card_of
 from lit_prune.prunable import require
@@ -35,6 +36,14 @@ class ExportCheckpoint(Callback):
             require(pl_module, self)
         if stage == "fit" and trainer.is_global_zero:
             check_destination(Path(trainer.default_root_dir) / self.folder)
+
+    def on_before_cut(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuse a model that can't be exported, before it is cut as the fit starts."""
+        opening.check_class(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuse it before it is trained, too."""
+        opening.check_class(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write it; a fit that had ended before, and is resumed, writes it again."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 
 from lit_prune.calibrating import Calibration
-from lit_prune.errors import UserError, require_one_of
+from lit_prune.errors import UserError, require_one_of, require_unused
 from lit_prune.layerwise import Repair
 from lit_prune.protection import ends
 from lit_prune.prunable import Prunable
@@ -40,7 +40,8 @@ class AdaptiveFusionPruning(PruningCallback):
         fisher_scale: Second-order terms as they are (``mean``), or times the ``tokens`` that a
             sample's loss is the mean of.
         axes: What is cut.
-        restoration: As for `lit_prune.pruning.PruningCallback`; the paper's is ``unit_scales``.
+        restoration: As for `lit_prune.pruning.PruningCallback`; the paper's is ``unit_scales``,
+            here of blocks that are cut only: those of protected layers stay as they are.
         samples: Calibration windows.
         length: Tokens of a calibration window.
         batch_size: Windows whose gradient is taken at once, as one sample.
@@ -76,10 +77,10 @@ class AdaptiveFusionPruning(PruningCallback):
             protected_layers=protected_layers or (),
             **options,
         )
-        require_one_of(estimate, FusionEstimate)
-        require_one_of(mixing, Mixing)
-        require_one_of(weighting, Weighting)
-        require_one_of(fisher_scale, FisherScale)
+        require_one_of("estimate", estimate, FusionEstimate)
+        require_one_of("mixing", mixing, Mixing)
+        require_one_of("weighting", weighting, Weighting)
+        require_one_of("fisher_scale", fisher_scale, FisherScale)
         if estimate != "fusion" and mixing != "sum":
             raise UserError(
                 f"expected estimate fusion for mixing, which joins two estimates, got {estimate} "
@@ -90,6 +91,14 @@ class AdaptiveFusionPruning(PruningCallback):
                 "expected mixing sum with the global allocation, since the others make scores "
                 f"relative to their layer's mean, got {mixing}; choose one or the other"
             )
+        if self.smoothing and weighting == "loss":
+            raise UserError(
+                "expected weighting uniform with smoothing, which scores each batch alone, so that "
+                "no sample can count more than another, got loss; leave out one of the two"
+            )
+        if estimate in ("vector", "element1"):
+            needed = "an estimate that has second-order terms"
+            require_unused(AdaptiveFusionPruning, needed, fisher_scale=fisher_scale)
         self.estimates: tuple[Estimate, ...] = (
             ("coarse", "mixed") if estimate == "fusion" else (estimate,)
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
@@ -83,13 +83,15 @@ class LoRARecovery(Callback):
         if pl_module.phase == "done" and not pl_module.resumed:
             raise UserError("expected a model to train, got a finished one; make a new module")
         if pl_module.resumed and pl_module.phase == "recovery":
-            self._tell_of_changes(pl_module.adapter)
+            self._tell_of_changes(pl_module)
         self._attach(trainer, pl_module)
 
-    def _tell_of_changes(self, attached: Mapping[str, Any]) -> None:
+    def _tell_of_changes(self, pl_module: Any) -> None:
         if self.options["adapter"] is None:  # else the shape is that of the saved one
-            names = ("rank", "alpha", "dropout", "targets", "base")
-            changed = differences(attached, {name: self.options[name] for name in names})
+            wanted = {name: value for name, value in self.options.items() if name != "adapter"}
+            if wanted["dtype"] == "auto":
+                wanted["dtype"] = str(pl_module.model.dtype).removeprefix("torch.")
+            changed = differences(pl_module.adapter, wanted)
             if changed:
                 rank_zero_warn(f"the checkpoint's adapters stay as they are: {', '.join(changed)}")
 

@@ -32,7 +32,7 @@ class MagnitudePruning(PruningCallback):
 
     def __init__(self, sparsity: float = 0.2, norm: Norm = "l2", **options: Any) -> None:
         super().__init__(sparsity=sparsity, **options)
-        require_one_of(norm, Norm)
+        require_one_of("norm", norm, Norm)
         self.norm: Norm = norm
 
     def score(self, calibration: Calibration) -> Scores:

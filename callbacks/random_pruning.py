@@ -5,7 +5,7 @@ from __future__ import annotations
 from lit_prune.calibrating import Calibration
 from lit_prune.pruning import PruningCallback
 from lit_prune.ranking import Scores
-from lit_prune.scores.random import random_scores
+from lit_prune.scores.random import random_scores, seed_of
 
 
 class RandomPruning(PruningCallback):
@@ -24,5 +24,5 @@ class RandomPruning(PruningCallback):
         Args:
             calibration: The model; no token is looked at.
         """
-        seed = calibration.seed + calibration.iteration
+        seed = seed_of(calibration.seed, calibration.iteration)
         return random_scores(calibration.structure.widths, calibration.axes, seed)

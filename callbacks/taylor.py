@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from lit_prune.calibrating import Calibration
-from lit_prune.errors import require_one_of
+from lit_prune.errors import require_one_of, require_unused
 from lit_prune.pruning import AxisName, PruningCallback
 from lit_prune.ranking import Scores
 from lit_prune.scores.taylor import Reduction
@@ -58,9 +58,12 @@ class TaylorPruning(PruningCallback):
             batch_size=batch_size,
             **options,
         )
-        require_one_of(estimate, Single)
-        require_one_of(reduction, Reduction)
-        require_one_of(fisher_scale, FisherScale)
+        require_one_of("estimate", estimate, Single)
+        require_one_of("reduction", reduction, Reduction)
+        require_one_of("fisher_scale", fisher_scale, FisherScale)
+        if estimate in ("vector", "element1"):
+            needed = "an estimate that has second-order terms"
+            require_unused(TaylorPruning, needed, fisher_scale=fisher_scale)
         self.estimate: Single = estimate
         self.reduction: Reduction = reduction
         self.fisher_scale: FisherScale = fisher_scale

@@ -20,7 +20,7 @@ from lit_prune.bottleneck import Gates, Objective, mask_optimizer
 from lit_prune.calibrating import Calibration
 from lit_prune.decision import narrow_stream
 from lit_prune.distillation import LossTerm, cross_entropy
-from lit_prune.errors import UserError
+from lit_prune.errors import UserError, require_unused
 from lit_prune.gating import GatedNorms
 from lit_prune.masking import Adaptation, MaskTraining, check_options
 from lit_prune.prunable import Prunable
@@ -68,6 +68,7 @@ class VIBPruning(PruningCallback):
     method = "VIB"
     known_axes = GATED
     looks_at = "data"
+    logarithms = True
 
     def __init__(
         self,
@@ -98,6 +99,8 @@ class VIBPruning(PruningCallback):
         )
         self.adaptation = Adaptation(threshold, multiple, weight_update)
         check_options(steps, rate, kl_scale, self.adaptation, norm_rescale)
+        if "hidden" not in self.axes:
+            require_unused(VIBPruning, "the axis hidden", norm_rescale=norm_rescale)
         self.rate, self.keep_best = rate, keep_best
         self.kl_scale: float | Literal["auto"] = kl_scale
         self.norm_rescale: GatedNorms = norm_rescale
@@ -184,9 +187,13 @@ class VIBPruning(PruningCallback):
         """
         training = self._masks()
         task = cross_entropy(output.logits, batch["labels"])
-        terms = training.objective(training.gates, module.trainer.global_step)
-        for name, value in {"task": task, **terms}.items():
-            module.log(f"masks/{name}", value.detach())
+        step, objective = module.trainer.global_step, training.objective
+        terms = objective(training.gates, step)
+        linear, quadratic = training.gates.multipliers.detach()
+        target = vib.target_at(step, objective.steps, objective.target)
+        course = {"target": target, "lambda_1": linear, "lambda_2": quadratic}
+        for name, value in {"task": task.detach(), **terms, **course}.items():
+            module.log(f"masks/{name}", torch.as_tensor(value).detach())
         return task + terms["kl"] + terms["penalty"]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
@@ -200,9 +207,11 @@ class VIBPruning(PruningCallback):
         """Compare masks, and cut if it is time."""
         training = self.training if self.keep_best else None
         stepped = not trainer.fit_loop._should_accumulate() and trainer.global_step % _EVERY == 0
-        if training is not None and stepped and training.is_near():
-            with whole(trainer):  # processes may have different numbers of windows
-                training.compare(self._windows, ranks_of(trainer.strategy))
+        if training is not None and stepped:
+            ranks = ranks_of(trainer.strategy)
+            if training.is_near(ranks):
+                with whole(trainer):  # processes may have different numbers of windows
+                    training.compare(self._windows, ranks)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:

@@ -9,17 +9,19 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lit_prune.calibrating import Calibration
-from lit_prune.errors import UserError, require_one_of
+from lit_prune.errors import UserError, require_one_of, require_unused
 from lit_prune.protection import ends
 from lit_prune.prunable import Prunable
 from lit_prune.pruning import AxisName, PruningCallback
 from lit_prune.ranking import Scores
-from lit_prune.scores.feature_map import Criterion
+from lit_prune.scores.feature_map import BY_GRADIENT, BY_NORMS, Criterion
+from lit_prune.scores.random import seed_of
 from lit_prune.spsa import GateNoise, Noise, WeightNoise, loss_slopes, windows
 from lit_prune.statistics import InputStatistics
 from lit_prune.structure.coupling import parameter_names
 from lit_prune.zeroth_order import (
     backprop_scores,
+    batches_of,
     feature_map_scores,
     gate_scores,
     input_statistics,
@@ -45,7 +47,8 @@ class ZerothOrderPruning(PruningCallback):
         gradient: ``zeroth_order`` estimates it from losses of perturbed weights, ``backprop``
             computes it.
         perturb: ``weights``, or ``gates``: one for each unit, far fewer (our own, untested).
-        gradient_samples: Windows for the gradient, the first of the calibration windows.
+        gradient_samples: Windows for the gradient, the first of the calibration windows;
+            back-propagated `batch_size` at a time.
         epsilon: Size of the perturbation; null for 1e-3, or 1e-2 with gates.
         samples: Calibration windows, for the norms.
         protected_layers: Layers that stay whole; null for the paper's, the first 4 and the last 3
@@ -76,9 +79,9 @@ class ZerothOrderPruning(PruningCallback):
             protected_layers=protected_layers or (),
             **options,
         )
-        require_one_of(criterion, Criterion)
-        require_one_of(gradient, Gradient)
-        require_one_of(perturb, Perturb)
+        require_one_of("criterion", criterion, Criterion)
+        require_one_of("gradient", gradient, Gradient)
+        require_one_of("perturb", perturb, Perturb)
         if perturb == "gates" and (criterion != "fms" or gradient != "zeroth_order"):
             raise UserError(
                 "expected criterion fms and gradient zeroth_order where gates are perturbed, got "
@@ -92,6 +95,9 @@ class ZerothOrderPruning(PruningCallback):
                 f"{gradient_samples} and {self.epsilon:g}"
             )
         self.criterion: Criterion = criterion
+        if criterion == "magnitude":
+            self.looks_at = "nothing"
+        self._check_unused(gradient, gradient_samples, epsilon)
         if self._by_gradient and gradient_samples > samples:
             raise UserError(
                 "expected gradient_samples out of the samples, got "
@@ -100,6 +106,14 @@ class ZerothOrderPruning(PruningCallback):
         self.gradient, self.perturb, self.gradient_samples = gradient, perturb, gradient_samples
         self._protect = protected_layers is None
         self._share = (0, 1)
+
+    def _check_unused(self, gradient: Gradient, samples: int, epsilon: float | None) -> None:
+        kind = ZerothOrderPruning
+        if not self._by_gradient:
+            asked = {"gradient": gradient, "gradient_samples": samples, "epsilon": epsilon}
+            require_unused(kind, "criterion fms or gradient", **asked)
+        if gradient != "zeroth_order":
+            require_unused(kind, "gradient zeroth_order", epsilon=epsilon)
 
     def prepare(self, trainer: Trainer, pl_module: Prunable) -> None:
         """Check what was asked, and find out which windows are this process'."""
@@ -117,7 +131,7 @@ class ZerothOrderPruning(PruningCallback):
             calibration: The model and its calibration tokens.
         """
         place = (calibration.model, calibration.structure, calibration.axes)
-        statistics = self._statistics(calibration)
+        statistics = self._statistics(calibration) if self.criterion in BY_NORMS else None
         if not self._by_gradient:
             return feature_map_scores(*place, statistics, None, self.criterion)
         rank, world = self._share
@@ -125,10 +139,14 @@ class ZerothOrderPruning(PruningCallback):
         own = windows(calibration.batches, count, self.batch_size, rank=rank, world=world)
         if self.gradient == "backprop":
             device, reduce = calibration.model.device, calibration.ranks.reduce
-            batch = together(own, count, self.length, device, reduce)
-            return backprop_scores(*place, statistics, batch, self.criterion)
-        seed = calibration.seed + calibration.iteration
-        if self.perturb == "gates":
+            whole = together(own, count, self.length, device, reduce)
+            # as many at once as memory turned out to hold
+            size = max((len(x["input_ids"]) for x in calibration.batches), default=self.batch_size)
+            parts = batches_of(whole, size)
+            track = calibration.track("gradients")
+            return backprop_scores(*place, statistics, parts, self.criterion, track=track)
+        seed = seed_of(calibration.seed, calibration.iteration)
+        if self.perturb == "gates" and statistics is not None:
             gates = GateNoise(*place, seed)
             slopes = self._slopes(calibration, own, gates, count)
             return gate_scores(*place, statistics, gates, slopes)
@@ -174,4 +192,4 @@ class ZerothOrderPruning(PruningCallback):
 
     @property
     def _by_gradient(self) -> bool:
-        return self.criterion in ("fms", "gradient")
+        return self.criterion in BY_GRADIENT

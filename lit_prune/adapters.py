@@ -46,7 +46,7 @@ def attach(module: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """
     options, start = _resolved(options)
     chosen = _choose(module, options, start)
-    dtype = DTYPES.get(options["dtype"]) or module.model.dtype
+    dtype = DTYPES[options["dtype"]] or module.model.dtype
     if start is not None:
         recovery.check_adapter(module.model, start.state)
     ranges = {name: options[name] for name in ("rank", "alpha", "dropout", "seed")}
@@ -62,6 +62,9 @@ def _resolved(options: Mapping[str, Any]) -> tuple[dict[str, Any], Adapter | Non
     """The options, those of the adapter to start from among them, and that adapter."""
     resolved: dict[str, Any] = {"base": "dense", "adapter": None, **options}
     check_precision(resolved["base"])
+    if resolved["dtype"] not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise UserError(f"expected the adapters' dtype out of {known}, got {resolved['dtype']!r}")
     if resolved["adapter"] is None:
         return resolved, None
     start = read_adapter(resolved["adapter"])
@@ -77,15 +80,16 @@ def _choose(module: Any, options: Mapping[str, Any], start: Adapter | None) -> l
         for site in module.structure.sites(module.model)
         if site.layer is not None and site.line.reads is not None
     ]
-    chosen = [path for path in paths if not wanted or {path, path.rpartition(".")[2]} & wanted]
+    names = {path: path.rpartition(".")[2] for path in paths}
+    chosen = [path for path in paths if not wanted or {path, names[path]} & wanted]
     if start is not None and (missing := sorted(wanted - set(chosen))):
         raise UserError(
             f"expected an adapter of this model's layers, got one with {missing[0]}; use the model "
             "the adapter was trained on"
         )
-    if not chosen:
-        names = sorted({path.rpartition(".")[2] for path in paths})
-        raise UserError(f"expected LoRA targets out of {', '.join(names)}, got {wanted}")
+    if unknown := sorted(wanted - {*paths, *names.values()}):
+        known = ", ".join(sorted(set(names.values())))
+        raise UserError(f"expected LoRA targets out of {known}, got {unknown[0]}; choose of those")
     ranges = {name: options[name] for name in ("rank", "alpha", "dropout")}
     recovery.check_lora(module.model, targets=chosen, **ranges)
     return chosen

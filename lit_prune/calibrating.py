@@ -40,6 +40,8 @@ class Calibration:
         held: Batches set aside, on which no score is taken.
         ranks: What processes share.
         iteration: How many times the model was pruned before.
+        goal: Share of the original decoder's parameters that goes in all cuts together, if there
+            are several.
         seed: Seed of whatever is drawn; the same on every process.
         title: Begins the text of progress bars.
         shown: Whether to show them.
@@ -52,6 +54,7 @@ class Calibration:
     held: Sequence[Batch] = ()
     ranks: Ranks = field(default_factory=Ranks)
     iteration: int = 0
+    goal: float | None = None
     seed: int = 0
     title: str = "pruning"
     shown: bool = False

@@ -195,10 +195,19 @@ class CuttingCallback(RemembersOptions, Callback):
         if not self.finished and trainer.global_step < self.last_step:
             raise self._too_short(trainer.global_step)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuse to end before the last cut where nothing was trained at all.
+
+        Raises:
+            UserError: The fit had no step, as with ``max_epochs`` or ``limit_train_batches`` of 0.
+        """
+        if not self.finished:  # Lightning leaves out `on_train_end` then
+            raise self._too_short(trainer.global_step)
+
     def _too_short(self, steps: int) -> UserError:
         return UserError(
             f"expected a fit of at least {self.last_step} steps, after which {self.method} makes "
-            f"its last cut, got {steps}; raise trainer.max_steps"
+            f"its last cut, got {steps}; raise trainer.max_steps, or what else ends it sooner"
         )
 
     def _cut_if_due(self, trainer: Trainer, pl_module: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lit_prune.calibrating import Batch, Calibration
 from lit_prune.layerwise import (
     ColumnScore,
+    Ranks,
     Restoration,
     as_decided,
     matrix_of,
@@ -55,7 +56,7 @@ def layer_shares(
     Args:
         calibration: The model, calibration tokens and windows set aside.
         score: The method's scores.
-        target: Share of the decoder's parameters to remove.
+        target: Share of the decoder's parameters to remove, of several cuts in this one.
         protected: Layers that stay whole.
         restoration: The method's restoration.
     """
@@ -80,21 +81,22 @@ def layer_shares(
         ranks=calibration.ranks,
         track=calibration.track("sensitivity"),
     )
-    given = dict(zip(layers, shares(rises, target), strict=True))
+    goal = target if calibration.goal is None else calibration.goal
+    given = dict(zip(layers, shares(rises, goal), strict=True))
     return [given.get(layer, 0.0) for layer in range(number)]
 
 
-def agreed(calibration: Calibration, layout: Layout) -> Layout:
+def agreed(ranks: Ranks, layout: Layout) -> Layout:
     """The first process' layout, on every process.
 
     Args:
-        calibration: What processes share.
+        ranks: What processes share.
         layout: What this one has decided.
     """
     own = {f"{u.source} {axis}": kept for u in layout.layers for axis, kept in u.keep.items()}
     if layout.hidden is not None:
         own["hidden"] = layout.hidden
-    found = calibration.ranks.agree(own)
+    found = ranks.agree(own)
     layers = {unit.source: LayerUnits(unit.source) for unit in layout.layers}
     for key, kept in found.items():
         if key != "hidden":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from inspect import signature
 from types import ModuleType
 from typing import Any, get_args
 
@@ -39,10 +40,11 @@ def require(module: str, extra: str) -> ModuleType:
         ) from error
 
 
-def require_one_of(value: Any, literal: Any) -> None:
+def require_one_of(name: str, value: Any, literal: Any) -> None:
     """Refuse a value that an annotation `Literal[...]` does not list.
 
     Args:
+        name: Name of the option that has it.
         value: The value.
         literal: The annotation.
 
@@ -50,4 +52,22 @@ def require_one_of(value: Any, literal: Any) -> None:
         UserError: It is none of them.
     """
     if value not in get_args(literal):
-        raise UserError(f"expected one of {', '.join(map(str, get_args(literal)))}, got {value!r}")
+        known = ", ".join(map(str, get_args(literal)))
+        raise UserError(f"expected {name} to be one of {known}, got {value!r}")
+
+
+def require_unused(kind: type, needed: str, **given: Any) -> None:
+    """Refuse options that were given where they do not count.
+
+    Args:
+        kind: The class whose `__init__` has them; those that have its defaults were not given.
+        needed: What they count with.
+        given: The options.
+
+    Raises:
+        UserError: One of them was given.
+    """
+    known = signature(kind.__init__).parameters
+    for name, value in given.items():
+        if value != known[name].default:
+            raise UserError(f"expected {name} only with {needed}, got {value!r}; leave it out")

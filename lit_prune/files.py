@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,15 +38,19 @@ def written_at_once(out: Path) -> Iterator[Path]:
     Args:
         out: The folder to make; one that is there is replaced.
     """
+    clear_leftovers(out)
     temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     aside = out.with_name(f"{out.name}.old-{os.getpid()}")
     temporary.mkdir()
     try:
         yield temporary
         follow_umask(temporary)
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
         if out.exists():
             out.rename(aside)
         temporary.rename(out)
+        _sync(out.parent)
     except BaseException:
         if aside.exists() and not out.exists():
             aside.rename(out)
@@ -53,6 +58,21 @@ def written_at_once(out: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def clear_leftovers(out: Path) -> None:
+    """Remove what a killed `written_at_once` left beside a folder; put back what it moved aside.
+
+    Args:
+        out: The folder, there or not.
+    """
+    mine = re.compile(re.escape(out.name) + r"\.(tmp|old)-\d+")
+    for path in sorted(out.parent.iterdir()):
+        if match := mine.fullmatch(path.name):
+            if match[1] == "old" and not out.exists():
+                path.rename(out)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -66,8 +86,7 @@ def file_written_at_once(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         follow_umask(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         temporary.replace(path)
     except BaseException as error:
         with suppress(OSError):
@@ -75,6 +94,18 @@ def file_written_at_once(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a failed write does not say where
         raise
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before a rename makes them count."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError:
+        if not path.is_dir():  # which some file systems do not sync
+            raise
+    finally:
+        os.close(number)
 
 
 @contextmanager

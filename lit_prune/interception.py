@@ -57,13 +57,16 @@ def returns_tuple(base: Any, layer: nn.Module, inputs: dict[str, Any]) -> bool:
 @contextmanager
 def forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Replace modules' forward functions for a while."""
+    own = {module: vars(module).get("forward") for module in replacements}  # mostly the class's
     for module, function in replacements.items():
         module.forward = function
     try:
         yield
     finally:
-        for module in replacements:
+        for module, before in own.items():
             del module.forward
+            if before is not None:
+                module.forward = before
 
 
 def shared(new: Any, old: Any) -> Any:

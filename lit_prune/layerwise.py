@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from lit_prune.allocation import Plan, keep_highest
 from lit_prune.calibration import Stream
 from lit_prune.modes import evaluating
-from lit_prune.restoration import least_squares
+from lit_prune.restoration import exact_products, least_squares
 from lit_prune.statistics import InputStatistics, require_finite
 from lit_prune.structure.biases import add_bias
 from lit_prune.structure.cut import cut_layer
@@ -36,8 +36,8 @@ class Restoration:
 
     Attributes:
         kind: ``least_squares`` changes the kept columns (see `least_squares`), ``bias`` adds the
-            removed columns' mean output, ``unit_scales`` scales the kept units (see
-            `lit_prune.unit_scales`), ``none`` does nothing.
+            removed columns' mean output, ``unit_scales`` scales the kept units of blocks that are
+            cut (see `lit_prune.unit_scales`), ``none`` does nothing.
         ridge: What least squares shrinks towards.
         delta: Its ridge in units of the mean diagonal.
     """
@@ -75,11 +75,25 @@ class Ranks:
     gather: Callable[[Tensor], list[Tensor]] = lambda tensor: [tensor]
 
 
-def by_columns(structure: Structure, score: ColumnScore, plan: Plan) -> Choice:
-    """Keep the units whose columns score highest, as many as a plan leaves."""
+def by_columns(
+    structure: Structure,
+    score: ColumnScore,
+    plan: Plan,
+    found: dict[str, dict[int, Tensor]] | None = None,
+) -> Choice:
+    """Keep the units whose columns score highest, as many as a plan leaves.
+
+    Args:
+        structure: The model's structure.
+        score: Scores columns.
+        plan: Units to remove from each layer.
+        found: Gets the scores, axis -> layer -> what `unit_scores` returns, of what is cut.
+    """
 
     def units(layer: int, axis: str, reader: nn.Module, statistics: InputStatistics) -> Tensor:
         scores = unit_scores(structure, layer, axis, reader, statistics, score)
+        if found is not None:
+            found.setdefault(axis, {})[layer] = scores
         return keep_highest(scores, plan.removed[axis][layer])
 
     return Choice(lambda layer, axis: plan.removed.get(axis, {layer: 0})[layer] > 0, units)
@@ -241,7 +255,8 @@ class _Walk:
             offset = mean_output(matrix_of(reader), statistics.mean, ~stays)
         elif kind == "unit_scales" and self.targets is not None:
             heads = site.line.reads.coordinates(sizes)
-            restored = self.targets.scaled(matrix_of(reader), columns, heads, statistics.gram)
+            own = matrix_of(reader), columns, heads, statistics.gram
+            restored = self.targets.scaled(*own, site.path)
         for found in (restored, offset):
             if found is not None:  # as the weights will have it: float16 ends at 65,504
                 kept = found.to(matrix_of(reader).dtype)
@@ -264,7 +279,8 @@ def mean_output(weight: Tensor, mean: Tensor, removed: Tensor) -> Tensor:
         mean: Mean of each input, [inputs].
         removed: Which columns go, booleans [inputs].
     """
-    return weight[:, removed].float() @ mean[removed]
+    with exact_products(torch.float32):
+        return weight[:, removed].float() @ mean[removed]
 
 
 @torch.no_grad()

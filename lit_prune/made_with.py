@@ -39,13 +39,19 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def defaults_of(cls: type) -> dict[str, Any]:
+    """Defaults of the arguments that a class and its bases take, by name."""
     found: dict[str, Any] = {}
     for base in reversed(cls.__mro__):  # a subclass hands `**options` on
         if "__init__" in vars(base) and base is not object:
             for parameter in signature(vars(base)["__init__"]).parameters.values():
                 if parameter.default is not Parameter.empty:
                     found[parameter.name] = parameter.default
+    return found
+
+
+def _arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    found = defaults_of(cls)
     own = signature(cls.__init__)
     try:
         bound = own.bind_partial(None, *args, **kwargs).arguments

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_prune.adaptation import Decision, Threshold, decide
 from lit_prune.bottleneck import Gates, Objective
+from lit_prune.decision import agreed
 from lit_prune.errors import UserError, require_one_of
 from lit_prune.folding import check_fold, fold
 from lit_prune.gating import GatedNorms, attach
@@ -64,8 +65,8 @@ def check_options(
     if adaptation.multiple not in _MULTIPLES:
         known = ", ".join(map(str, _MULTIPLES))
         raise UserError(f"expected a multiple out of {known}, got {adaptation.multiple}")
-    require_one_of(adaptation.threshold, Threshold)
-    require_one_of(norm_rescale, GatedNorms)
+    require_one_of("threshold", adaptation.threshold, Threshold)
+    require_one_of("norm_rescale", norm_rescale, GatedNorms)
 
 
 @dataclass
@@ -143,11 +144,16 @@ class MaskTraining:
             means = self.gates.unpacked(self.gates.mu, 1.0)
             fold(self.model, self.structure, means, layout)
 
-    def is_near(self) -> bool:
-        """Whether the expected sparsity is so near to the target that masks may be compared."""
+    def is_near(self, ranks: Ranks) -> bool:
+        """Whether the expected sparsity is so near to the target that masks may be compared.
+
+        Args:
+            ranks: What processes share; the first decides, since comparing is for all or none.
+        """
         with torch.no_grad():
             sparsity = float(self.objective.counted.sparsity(self.gates.expected()))
-        return _NEAR[0] <= sparsity - self.objective.target <= _NEAR[1]
+        near = _NEAR[0] <= sparsity - self.objective.target <= _NEAR[1]
+        return bool(ranks.agree({"near": torch.tensor(near, device="cpu")})["near"])
 
     @torch.no_grad()
     def compare(self, batches: Sequence[Mapping[str, Tensor]], ranks: Ranks) -> float:
@@ -160,7 +166,8 @@ class MaskTraining:
         Returns:
             The loss of that model, in nats per token.
         """
-        with self.gates.holding(self.decide().layout, weighted=self.adaptation.weight_update):
+        layout = agreed(ranks, self.decide().layout)
+        with self.gates.holding(layout, weighted=self.adaptation.weight_update):
             loss = loss_on(self.model, batches, ranks)
         self.gates.remember(loss)
         return loss

@@ -14,6 +14,7 @@ from lit_prune.errors import UserError
 from lit_prune.evaluation.perplexity import TokenPerplexity
 from lit_prune.pretrained import load_tokenizer
 from lit_prune.prunable import Prunable
+from lit_prune.resuming import go_on, settings
 from lit_prune.schedule import OptimizerName, Shape, check_settings, optimization
 
 
@@ -142,6 +143,21 @@ class PrunableLM(Prunable):
     def _evaluate(self, batch: Mapping[str, Tensor], key: str) -> None:
         self.perplexity.update(self(batch).logits, batch["labels"])
         self.log(key, self.perplexity, on_step=False, on_epoch=True, prog_bar=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what training was asked to be like, too."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["lit_prune"]["training"] = settings(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let a fit go on with the learning rate and weight decay that are asked for now.
+
+        Raises:
+            UserError: The checkpoint is of another model or optimizer.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and self._trainer.training:
+            go_on(checkpoint, settings(self))
 
     def configure_optimizers(self) -> Any:
         """AdamW over what is trained, and its schedule."""

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_prune.dtypes import DTYPES
 from lit_prune.errors import UserError
 from lit_prune.export import read_lineage
+from lit_prune.export.trial import stock_class
 from lit_prune.pretrained import load_pretrained, resolve
 from lit_prune.statistics import require_finite
 from lit_prune.structure import Layout, Structure, Widths, settle
@@ -184,6 +186,21 @@ def check_output(output: Any) -> None:
         )
 
 
+def check_class(module: Any) -> None:
+    """Hold that a `Prunable`'s model can be exported: its class is one of transformers.
+
+    Raises:
+        UserError: It has code of its own, of which an export could carry nothing.
+    """
+    structure_of(module)
+    kind = stock_class(type(module._outside["model"]))
+    if getattr(transformers, kind.__name__, None) is not kind:
+        raise UserError(
+            f"expected a model class of transformers for the export, got {kind.__name__} with code "
+            "of its own; load the model without that, or leave out the export"
+        )
+
+
 def check_finite(module: Any, loss: Any) -> None:
     """Stop a training whose loss is NaN or infinite, on all processes alike.
 
@@ -204,11 +221,17 @@ def check_finite(module: Any, loss: Any) -> None:
     phase = "mask learning" if module.gates is not None else "recovery"
     if phase == "recovery" and module.pruning_ahead:
         phase = "training before the cut"
+    # optimizers of callbacks and of other modules go on with the rates that they were saved with
+    advice = "start anew with a lower learning rate or --model.dtype float32"
+    if hasattr(module, "optimization") and module.gates is None:
+        advice = (
+            "go on from the last checkpoint, which is from before it, with a lower "
+            "--model.learning_rate, or start anew with --model.dtype float32"
+        )
     found = f"{float(loss.detach())}" if own else "NaN or infinity in another process"
     raise UserError(
         f"expected a finite loss in training, got {found} in step {module.global_step + 1} "
-        f"({phase}); lower the learning rate, or use --model.dtype float32; the last checkpoint is "
-        "from before it"
+        f"({phase}); {advice}"
     )
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lit_prune.errors import UserError, require_one_of
 from lit_prune.layerwise import Repair, Ridge
+from lit_prune.made_with import defaults_of
 from lit_prune.prunable import Prunable
 from lit_prune.structure.limits import require_axes, require_stock
 
@@ -29,10 +32,14 @@ def check_options(callback: PruningCallback) -> None:
     Raises:
         UserError: One of them.
     """
-    require_one_of(callback.allocation, Allocation)
-    require_one_of(callback.relative_to, RelativeTo)
+    require_one_of("allocation", callback.allocation, Allocation)
+    require_one_of("relative_to", callback.relative_to, RelativeTo)
     _check_how_much(callback)
     _check_restoration(callback)
+    for name in ("axes", "protected_layers"):
+        given = getattr(callback, name)
+        if twice := [value for value in given if given.count(value) > 1]:
+            raise UserError(f"expected each of {name} once, got {twice[0]} twice; leave out one")
     for name, bound in _LEAST.items():
         if getattr(callback, name) < bound:
             raise UserError(f"expected {name} of at least {bound}, got {getattr(callback, name)}")
@@ -70,8 +77,8 @@ def _check_how_much(callback: PruningCallback) -> None:
 
 def _check_restoration(callback: PruningCallback) -> None:
     how = callback.restoration
-    require_one_of(how.kind, Repair)
-    require_one_of(how.ridge, Ridge)
+    require_one_of("restoration", how.kind, Repair)
+    require_one_of("ridge", how.ridge, Ridge)
     if not how.delta > 0:
         raise UserError(f"expected a delta above 0, got {how.delta:g}")
     if how.kind != "least_squares" and (how.ridge, how.delta) != (type(how).ridge, type(how).delta):
@@ -99,6 +106,7 @@ def check_model(callback: PruningCallback, pl_module: Prunable) -> None:
     structure, model_type = pl_module.structure, pl_module.model.config.model_type
     require_axes(model_type, structure.axes(), callback.axes)
     _check_smoothing(callback)
+    _warn_of_unused(callback)
     if not pl_module.stock:
         return
     require_stock(model_type, structure.family, structure.widths, callback.axes)
@@ -141,6 +149,18 @@ def _check_smoothing(callback: PruningCallback) -> None:
             "expected scores before the cut for smoothing, got those of "
             f"{callback.method} with the {callback.allocation} allocation, which come layer by "
             "layer while it cuts; choose the global allocation or leave out smoothing"
+        )
+
+
+def _warn_of_unused(callback: PruningCallback) -> None:
+    """Not an error: methods are compared with the same calibration asked of each."""
+    usual = defaults_of(type(callback))
+    names = ("samples", "length", "batch_size")
+    given = [name for name in names if getattr(callback, name) != usual[name]]
+    if given and not callback.needs_data:
+        rank_zero_warn(
+            f"{callback.method} looks at no calibration tokens, so that {' and '.join(given)} "
+            "do not count"
         )
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from lit_prune.allocation import Plan, require_reachable, uniform
 from lit_prune.calibrating import Calibration
 from lit_prune.ranking import Scores, aligned, ranked, require_near
-from lit_prune.structure.counting import count
+from lit_prune.structure.counting import count, unique_labels
 
 if TYPE_CHECKING:
+    from lit_prune.prunable import Prunable
     from lit_prune.pruning import PruningCallback
 
 
@@ -66,6 +67,18 @@ def check_target(callback: PruningCallback, calibration: Calibration, target: fl
         return
     widths, whole = calibration.structure.widths, callback.protected_layers
     require_reachable(calibration.labels, widths, target, callback.axes, whole)
+
+
+def free_share(pl_module: Prunable, protected: Sequence[int]) -> float:
+    """Share of a dense decoder's parameters that is in the layers that are not protected.
+
+    Args:
+        pl_module: Has the model, which may have been cut since.
+        protected: Layers that stay whole.
+    """
+    labels, dense = unique_labels(pl_module.model, pl_module.structure), pl_module.layout.of
+    free = [label for label in labels if label.layer not in protected]
+    return count(free, dense, decoder=True) / count(labels, dense, decoder=True)
 
 
 def _aligned(callback: PruningCallback, calibration: Calibration, plan: Plan) -> Plan:

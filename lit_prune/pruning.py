@@ -16,6 +16,7 @@ from lit_prune.calibrating import (
     with_smaller_batches,
 )
 from lit_prune.cutting import CuttingCallback, sizes_of
+from lit_prune.distribution import Scored, histograms
 from lit_prune.layerwise import ColumnScore, Repair, Restoration, Ridge, by_columns, prune_layers
 from lit_prune.options import (
     Allocation,
@@ -25,7 +26,7 @@ from lit_prune.options import (
     check_options,
     reported,
 )
-from lit_prune.planning import check_target, planned, planned_by
+from lit_prune.planning import check_target, free_share, planned, planned_by
 from lit_prune.prunable import Prunable
 from lit_prune.ranking import Scores, kept_units
 from lit_prune.ranks import ranks_of
@@ -52,7 +53,8 @@ class PruningCallback(CuttingCallback):
             of the whole model, ``sensitivity`` more from layers whose loss rises less when they
             alone are cut.
         restoration: What makes up for what goes: ``none``, ``least_squares`` on the kept columns,
-            ``bias`` for the removed ones' mean output, or ``unit_scales``.
+            ``bias`` for the removed ones' mean output, or ``unit_scales`` on what stays of the
+            blocks that are cut.
         samples: Calibration windows.
         length: Tokens of a calibration window.
         batch_size: Windows that go through the model at once.
@@ -79,9 +81,11 @@ class PruningCallback(CuttingCallback):
     #: Whether `score` looks at a layer's weights only while `Calibration.layers` is at it.
     by_layer = False
     #: What `score` takes: ``batches``, also a single one; the ``data`` as a whole; or ``nothing``.
-    looks_at: ClassVar[Literal["batches", "data", "nothing"]] = "batches"
+    looks_at: Literal["batches", "data", "nothing"] = "batches"
     #: Whether the ``bias`` restoration takes means of the dense model, not of the pruned one.
     dense_means: ClassVar[bool] = False
+    #: Whether scores are natural logarithms of what reports show.
+    logarithms: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -111,6 +115,8 @@ class PruningCallback(CuttingCallback):
         self.relative_to, self.multiple, self.seed = relative_to, multiple, seed
         self.restoration = Restoration(restoration, ridge, delta)
         self.smoothing, self.stock = smoothing, False
+        #: Histograms of the scores of the last cut.
+        self.distributions: dict[str, Any] = {}
         check_options(self)
 
     # --- what a method is ----------------------------------------------------------------------
@@ -193,8 +199,7 @@ class PruningCallback(CuttingCallback):
     def goal(self, pl_module: Prunable) -> float:
         """Share of the decoder's original parameters to remove by the last cut."""
         if self.per_layer_ratio is not None:
-            number = len(pl_module.structure.widths.layers)
-            return self.per_layer_ratio * (number - len(self.protected_layers)) / number
+            return self.per_layer_ratio * free_share(pl_module, self.protected_layers)
         if self.relative_to == "total":
             return self.sparsity * self.original["total"] / self.original["decoder"]
         return self.sparsity
@@ -223,11 +228,14 @@ class PruningCallback(CuttingCallback):
             held=batches[len(batches) - held :][own],
             ranks=ranks_of(trainer.strategy),
             iteration=self.iteration,
+            goal=self.goal(pl_module),
             seed=self.seed,
             title=self.method,
             shown=trainer.is_global_zero,
         )
-        return self.prune(calibration, self.target(pl_module))
+        layout = self.prune(calibration, self.target(pl_module))
+        pl_module.findings["scores"] = self.distributions
+        return layout
 
     def prune(self, calibration: Calibration, target: float) -> Layout:
         """Score, decide, restore and cut, once.
@@ -242,21 +250,26 @@ class PruningCallback(CuttingCallback):
         if self.columns is None or not self.scores_while_cutting:
             score = partial(batch_by_batch, score=self.score) if self.smoothing else self.score
             scores, calibration = with_smaller_batches(calibration, score)
-            layout = decision.agreed(calibration, self.decide(calibration, scores, target))
+            layout = decision.agreed(calibration.ranks, self.decide(calibration, scores, target))
+            scored = {axis: dict(enumerate(values)) for axis, values in scores.items()}
+            self.distributions = histograms(scored, layout, logarithms=self.logarithms)
             self.apply(calibration, layout)
             return layout
         plan = planned(self, calibration, target, self._shares(calibration, self.columns, target))
-        return prune_layers(
+        found: Scored = {}
+        layout = prune_layers(
             calibration.model,
             calibration.structure,
             calibration.stream(),
-            by_columns(calibration.structure, self.columns, plan),
+            by_columns(calibration.structure, self.columns, plan, found),
             self.axes,
             restoration=self.restoration,
             dense=calibration.stream() if self.restoration.kind == "unit_scales" else None,
             ranks=calibration.ranks,
             track=calibration.track("layers", changes=True),
         )
+        self.distributions = histograms(found, layout, logarithms=self.logarithms)
+        return layout
 
     def _shares(
         self, calibration: Calibration, scores: Scores | ColumnScore, target: float

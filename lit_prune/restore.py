@@ -11,20 +11,20 @@ from typing import Any
 import torch
 import yaml
 
-from lit_prune.cli.checkpoints import damage
+from lit_prune.cli.checkpoints import FOLDER, find_checkpoint
 from lit_prune.errors import UserError
 from lit_prune.module import PrunableLM
 
 
 def restore(run: str | Path, say: Callable[[str], None], **changes: Any) -> tuple[PrunableLM, int]:
-    """Build the module of a run from its `config.yaml` and its newest whole checkpoint.
+    """Build the module of a run from its `config.yaml` and its last whole checkpoint.
 
     Nothing in the run's folder is run as code: of the configuration only the arguments of
     `PrunableLM` are read, and the checkpoint is loaded as plain types and tensors.
 
     Args:
         run: The run's folder.
-        say: Told in one line of each checkpoint that is passed over.
+        say: Told in one line which checkpoint it is, and of each that is passed over.
         changes: Arguments of `PrunableLM` in place of the run's own.
 
     Returns:
@@ -35,7 +35,7 @@ def restore(run: str | Path, say: Callable[[str], None], **changes: Any) -> tupl
     """
     folder = Path(run)
     options = {**model_options(folder), **changes}
-    path, checkpoint = newest_checkpoint(folder, say)
+    path, checkpoint = last_checkpoint(folder, say)
     module = PrunableLM(**options)
     module.configure_model()
     try:
@@ -88,46 +88,35 @@ def model_options(run: Path) -> dict[str, Any]:
     return options
 
 
-def newest_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """Read the checkpoint of the most steps that is whole; of several `last.ckpt`.
+def last_checkpoint(run: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """Read the checkpoint that a fit goes on from with ``--ckpt_path last``.
 
     Args:
         run: The run's folder.
-        say: Told in one line of each that is passed over.
+        say: Told in one line which it is, and of each that is passed over.
 
     Returns:
         The file, and what it holds; tensors stay on disk until they are used.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or it is none of lit-prune.
     """
-    folder = run / "checkpoints"
-    # by what they hold, not by their dates, which a copied folder may not have kept
-    found = [(path, _read(path, say)) for path in sorted(folder.glob("*.ckpt"), key=_age)]
-    whole = [(path, checkpoint) for path, checkpoint in found if checkpoint is not None]
-    if not whole:
+    found, passed = find_checkpoint(run, "last")
+    for line in passed:
+        say(line)
+    if found is None:
         raise UserError(
-            f"expected a whole checkpoint in {folder}, got none; let the run go on to its first one"
+            f"expected a whole checkpoint in {run / FOLDER}, got none; let the run go on to its "
+            "first one"
         )
-    return max(whole, key=lambda pair: (pair[1]["global_step"], pair[0].name == "last.ckpt"))
-
-
-def _age(path: Path) -> tuple[bool, float]:
-    """Sorts `last.ckpt` to the front, then the newest."""
-    return path.name != "last.ckpt", -path.stat().st_mtime
-
-
-def _read(path: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
     try:
-        if damage(path) is not None:
-            raise EOFError
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError):
-        say(f"{path} is no whole checkpoint, it is passed over")
-        return None
-    if isinstance(checkpoint, dict) and {"lit_prune", "state_dict", "global_step"} <= set(
-        checkpoint
-    ):
-        return checkpoint
-    say(f"{path} is no checkpoint of lit-prune, it is passed over")
-    return None
+        checkpoint = torch.load(found, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"expected a whole checkpoint of tensors and plain types in {found}, got {first}"
+        ) from error
+    if "lit_prune" not in checkpoint:
+        raise UserError(f"expected a checkpoint of lit-prune, got {found} of another module")
+    say(f"reading {found}, after step {checkpoint['global_step']}")
+    return Path(found), checkpoint

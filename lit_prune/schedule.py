@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lit_prune.errors import UserError
+from lit_prune.errors import UserError, require_one_of
 from lit_prune.quantized import bitsandbytes
 
 OptimizerName = Literal["adamw", "adamw8bit"]
@@ -31,9 +31,8 @@ def check_settings(
             "expected learning_rate and weight_decay of at least 0 and warmup from 0 to 1, got "
             f"{lr:g}, {weight_decay:g} and {warmup:g}"
         )
-    for name, known in ((optimizer, OptimizerName), (schedule, Shape)):
-        if name not in get_args(known):
-            raise UserError(f"expected one of {', '.join(get_args(known))}, got {name!r}")
+    require_one_of("optimizer", optimizer, OptimizerName)
+    require_one_of("schedule", schedule, Shape)
 
 
 def make_optimizer(name: str, parameters: Sequence[nn.Parameter], **options: Any) -> Optimizer:
@@ -55,12 +54,21 @@ def make_optimizer(name: str, parameters: Sequence[nn.Parameter], **options: Any
 
 
 def optimization(module: Any) -> Any:
-    """What `PrunableLM.configure_optimizers` gives: an optimizer and its schedule."""
+    """What `PrunableLM.configure_optimizers` gives: an optimizer and its schedule.
+
+    Raises:
+        UserError: The trainer's steps have no limit.
+    """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(module.optimizer_name, trained, **module.optimization)
     trainer = module.trainer
-    steps = trainer.max_steps and int(trainer.estimated_stepping_batches)
-    left = max(steps - module.first_step, 1)
+    steps = trainer.max_steps and trainer.estimated_stepping_batches
+    if math.isinf(steps):
+        raise UserError(
+            "expected --trainer.max_steps or --trainer.max_epochs, got neither: the learning "
+            "rate's schedule has to know the number of steps"
+        )
+    left = max(int(steps) - module.first_step, 1)
     schedule = warmed_up(optimizer, left, module.warmup, module.schedule)
     return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 

@@ -80,7 +80,7 @@ def shares(rises: Sequence[float], target: float) -> list[float]:
 
     Args:
         rises: Loss rise of each layer.
-        target: Share of the decoder's parameters to remove.
+        target: Share of the decoder's parameters to remove, by all cuts together.
 
     Raises:
         UserError: A rise is not finite.

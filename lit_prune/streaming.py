@@ -53,7 +53,7 @@ def prune_streaming(
         UserError: The method needs more than a layer, or the source or `out` is unfit.
     """
     require_layers_suffice(callback)
-    out = Path(out)
+    out = Path(out).expanduser()
     if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"expected a new folder to write, got {out}, which exists; choose another")
     keep_large_blocks_apart()

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.calibration import See, Stream
+from lit_prune.notes import note
 from lit_prune.restoration import Gram, exact_products
 from lit_prune.structure.model import Structure
-from lit_prune.unit_scales import unit_scales
+from lit_prune.unit_scales import LIMIT, unit_scales
 
 
 class DenseTargets:
@@ -121,6 +122,7 @@ class DenseTargets:
         columns: Tensor,
         coordinates: Mapping[str, Tensor],
         gram: Gram | None,
+        place: str,
     ) -> Tensor | None:
         """The kept columns of a reader, each unit scaled; None once tuning has stopped.
 
@@ -129,6 +131,7 @@ class DenseTargets:
             columns: Those that stay, [kept].
             coordinates: Coordinates of each input along its axes (see `Dim.coordinates`).
             gram: X Xᵀ of its inputs.
+            place: Where it is, for a note if tuning stops there.
 
         Returns:
             [outputs, kept], float32.
@@ -147,6 +150,10 @@ class DenseTargets:
         scales = unit_scales(kept, *part, owners)
         if scales is None:
             self.stopped = True
+            note(
+                f"a unit scale at {place} is beyond {LIMIT:g}; neither it nor any block behind it "
+                "is tuned"
+            )
             return None
         return kept * scales[owners]
 

@@ -117,7 +117,10 @@ def _positions(dim: Dim, sizes: Mapping[str, int]) -> Tensor:
     for part in dim.parts if dim.kind == "sum" else (dim,):
         for group in range(sizes["group"]):
             for query in range(sizes["query"]):
-                keep = {"group": torch.tensor([group]), "query": torch.tensor([[query]])}
+                keep = {
+                    "group": torch.tensor([group], device="cpu"),
+                    "query": torch.tensor([[query]], device="cpu"),
+                }
                 found.append(part.positions(sizes, keep) + offset)
         offset += part.size(sizes)
     return torch.cat(found)

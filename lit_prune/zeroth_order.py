@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_prune.gradients import labels_of, weight_gradients
+from lit_prune.gradients import Rows, labels_of
+from lit_prune.layer_gradients import layer_gradients
 from lit_prune.layerwise import device_of, inputs_of, unit_scores
 from lit_prune.modes import evaluating
 from lit_prune.ranking import Scores
@@ -66,6 +67,12 @@ def together(
     return {"input_ids": rows[0], "attention_mask": rows[1], "labels": labels}
 
 
+def batches_of(batch: Batch, size: int) -> list[Batch]:
+    """A batch in parts of some windows each, the last one of what is left."""
+    starts = range(0, len(batch["input_ids"]), size)
+    return [{name: x[start : start + size] for name, x in batch.items()} for start in starts]
+
+
 @torch.no_grad()
 def input_statistics(
     model: nn.Module,
@@ -115,7 +122,7 @@ def feature_map_scores(
     model: nn.Module,
     structure: Structure,
     axes: Sequence[str],
-    statistics: Statistics,
+    statistics: Statistics | None,
     gradient: Callable[[str], Tensor] | None,
     criterion: Criterion = "fms",
 ) -> Scores:
@@ -125,7 +132,7 @@ def feature_map_scores(
         model: The model.
         structure: Its structure.
         axes: Axes of the layers.
-        statistics: Of the inputs of every module that units own a part of.
+        statistics: Of the inputs of every module that units own a part of, if it looks at them.
         gradient: Gives a parameter's gradient by name; called for one after the other.
         criterion: What is multiplied.
     """
@@ -135,7 +142,8 @@ def feature_map_scores(
         for path in dict.fromkeys(part.path for part in owned):
             own = [part for part in owned if part.path == path]
             # a function of its own, so that nothing holds on to a gradient afterwards
-            rows |= _module(model, structure, layer, own, statistics[path], gradient, criterion)
+            seen = None if statistics is None else statistics[path]
+            rows |= _module(model, structure, layer, own, seen, gradient, criterion)
         for axis in axes:
             scores[axis].append(coupled(rows, axis).cpu())
     return scores
@@ -146,21 +154,23 @@ def _module(
     structure: Structure,
     layer: int,
     own: list[Part],
-    statistics: InputStatistics,
+    statistics: InputStatistics | None,
     gradient: Callable[[str], Tensor] | None,
     criterion: Criterion,
 ) -> dict[str, Tensor]:
     """Rows' sums of sensitivities of the roles in one module."""
     names = parameter_names(model, own)
     weights = {name: model.get_parameter(name).detach() for name in names}
-    norms = _norms(model, own[0].path, statistics)
-    slopes = None
+    slopes = norms = None
+    if statistics is not None:
+        found = _norms(model, own[0].path, statistics)
+        norms = view(model, structure, layer, found, own)
     if gradient is not None:
         found = {name: gradient(name) for name in names}
         slopes = view(model, structure, layer, found, own)
     return _sums(
         view(model, structure, layer, weights, own),
-        view(model, structure, layer, norms, own),
+        norms,
         slopes,
         criterion,
     )
@@ -170,35 +180,50 @@ def backprop_scores(
     model: nn.Module,
     structure: Structure,
     axes: Sequence[str],
-    statistics: Statistics,
-    batch: Batch,
+    statistics: Statistics | None,
+    batches: Sequence[Batch],
     criterion: Criterion = "fms",
+    *,
+    track: Callable[[Any], Iterator[Any]] = iter,
 ) -> Scores:
-    """The same with back-propagated gradients of one batch's loss, as in the paper's ablations.
+    """The same with back-propagated gradients of the mean loss, as in the paper's ablations.
+
+    Batches go through the model one after the other, so that smaller ones take less memory.
 
     Args:
         model: The model.
         structure: Its structure.
         axes: Axes of the layers.
-        statistics: Of the inputs of every module that units own a part of.
-        batch: `input_ids`, `attention_mask` and perhaps `labels`, [samples, tokens].
+        statistics: Of the inputs of every module that units own a part of, if it looks at them.
+        batches: `input_ids`, `attention_mask` and perhaps `labels`, [samples, tokens]; the loss is
+            the mean over the tokens of all.
         criterion: What is multiplied.
+        track: Wraps the layers' range in a progress bar.
     """
     owned = scored_parts(model, structure, axes)
     scores: Scores = {axis: [torch.empty(0)] * len(owned) for axis in axes}
+    tokens = [int((labels_of(batch)[:, 1:] != -100).sum()) for batch in batches]
+    sums: dict[str, Tensor] = {}
 
-    def fold(
-        _: int, loss: float, layer: int, weights: dict[str, Tensor], gradients: dict[str, Tensor]
-    ) -> None:
-        norms: dict[str, Tensor] = {}
-        for part in owned[layer]:
-            values = _norms(model, part.path, statistics[part.path])
-            norms |= view(model, structure, layer, values, [part])
-        rows = _sums(weights, norms, gradients, criterion)
+    def fold(batch: int, loss: float, layer: int, weights: Rows, gradients: Rows) -> None:
+        share = tokens[batch] / max(sum(tokens), 1)
+        for role in {part.role for part in owned[layer]}:
+            slope = gradients[role].float() * share
+            sums[role] = sums[role].add_(slope) if role in sums else slope
+
+    def finish(layer: int, weights: Rows) -> None:
+        norms: Rows | None = None
+        if statistics is not None:
+            norms = {}
+            for part in owned[layer]:
+                values = _norms(model, part.path, statistics[part.path])
+                norms |= view(model, structure, layer, values, [part])
+        rows = _sums({role: weights[role] for role in sums}, norms, sums, criterion)
+        sums.clear()
         for axis in axes:
             scores[axis][layer] = coupled(rows, axis).cpu()
 
-    weight_gradients(model, structure, [batch], fold)
+    layer_gradients(model, structure, batches, fold, finish, track=track)
     return scores
 
 
@@ -244,14 +269,17 @@ def _norms(model: nn.Module, path: str, statistics: InputStatistics) -> dict[str
 
 def _sums(
     weights: Mapping[str, Tensor],
-    norms: Mapping[str, Tensor],
+    norms: Mapping[str, Tensor] | None,
     gradients: Mapping[str, Tensor] | None,
     criterion: Criterion,
 ) -> dict[str, Tensor]:
-    """Each row's sum of sensitivities, for the roles that there are norms of."""
+    """Each row's sum of sensitivities, by role."""
     return {
         role: sensitivity(
-            weights[role], norms[role], None if gradients is None else gradients[role], criterion
+            weight,
+            None if norms is None else norms[role],
+            None if gradients is None else gradients[role],
+            criterion,
         ).sum(-1)
-        for role in norms
+        for role, weight in weights.items()
     }

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-MODEL = "embedded:smollm2-135m-instruct"
+MODEL, DTYPE = "embedded:smollm2-135m-instruct", "bfloat16"
 SAMPLES, LENGTH = 32, 512
 WINDOW, TOKENS = 2048, 65_536
 STEPS, BATCH, RANK, RATE = 100, 2, 32, 1e-3
@@ -31,7 +31,7 @@ class Method:
         own: The method's own restoration, in the column without least squares.
         claims: Rows that it is said to beat.
         main: Whether it is a row of the table, or only of the claims.
-        batch: Windows of a training step; those of a recovery are `BATCH` for all.
+        batch: Windows of a step before the cut, a divisor of `BATCH`, which a recovery has.
     """
 
     callback: str
@@ -162,7 +162,7 @@ def protocol(data: Path, judge: str) -> dict[str, Any]:
     }
     return {
         "model": MODEL,
-        "dtype": "bfloat16",
+        "dtype": DTYPE,
         "axes": ["channel"],
         "texts": digests,
         "judge": judge,

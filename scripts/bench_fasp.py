@@ -195,10 +195,11 @@ def bench_recovery(
         )
         start = time.perf_counter()
         trainer.fit(module, datamodule=texts)
+        seconds = time.perf_counter() - start
         results[name] = {
             "perplexity": measure(module, texts),
             "inside": perplexity(module.model, texts.val_dataloader()).value,
-            "seconds": time.perf_counter() - start,
+            "seconds": seconds,
             "recover_seconds": module.seconds.get("recover", math.nan),
         }
     pruned, control = results["pruned"]["perplexity"], results["control"]["perplexity"]

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_cells import LENGTH, MODEL
+from bench_cells import DTYPE, LENGTH, MODEL
 
 SAMPLES = 4
 #: Method, and its options.
@@ -46,7 +46,7 @@ def measure(name: str, data: Path, batch_size: int) -> dict[str, float]:
     from lit_prune.evaluation.sizes import weight_bytes
     from lit_prune.gradients import differentiating, loss_of
 
-    module = PrunableLM(MODEL)
+    module = PrunableLM(MODEL, dtype=DTYPE)
     module.configure_model()
     texts = TextDataModule(str(data / "text" / "wikitext2-train-head.txt"))
     texts.tokenizer = module.tokenizer
@@ -84,7 +84,7 @@ def main() -> None:
     if given.part:
         print(json.dumps(measure(given.part, given.data, given.batch_size)))
         return
-    print(f"{SAMPLES} batches of {given.batch_size} x {LENGTH} tokens, bfloat16; MiB")
+    print(f"{SAMPLES} batches of {given.batch_size} x {LENGTH} tokens, {DTYPE}; MiB")
     print("| part | rise | of weights + activations |\n| --- | --- | --- |")
     floors: dict[str, float] = {}
     for name in ("graph", "forward", *SCORED):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import statistics
 import subprocess
@@ -67,14 +68,12 @@ def run(data: Path, out: Path, judge: str, only: str, minutes: float) -> None:
             print(f"time is up; {len(todo)} cells are left", file=sys.stderr)
             return
         print(f"{cell.name}, {len(todo)} left", file=sys.stderr, flush=True)
-        command = [sys.executable, __file__, "cell", "--data", str(data), "--judge", judge]
-        done = subprocess.run([*command, "--name", cell.name], capture_output=True, text=True)
-        if done.returncode:
+        try:
+            result = {"protocol": expected, **_measured(cell, data, judge, expected["threads"])}
+        except RuntimeError as error:
             failed.add(cell)
-            print(f"  failed: {done.stderr.strip()[-500:]}", file=sys.stderr, flush=True)
+            print(f"  failed: {error}", file=sys.stderr, flush=True)
             continue
-        measured = json.loads(done.stdout.splitlines()[-1])
-        result = {"protocol": expected, "code": _code(), **measured}
         path = out / f"{cell.name}.json"
         partial = path.with_suffix(".part")
         partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -84,8 +83,29 @@ def run(data: Path, out: Path, judge: str, only: str, minutes: float) -> None:
         raise SystemExit(f"{len(failed)} cells failed")
 
 
+def _measured(cell: Cell, data: Path, judge: str, threads: str) -> dict[str, Any]:
+    """A cell's figures from a fresh process, and the commit that they are of.
+
+    Raises:
+        RuntimeError: The process failed, or the code changed meanwhile.
+    """
+    code = _code()
+    command = [sys.executable, __file__, "cell", "--data", str(data), "--judge", judge]
+    done = subprocess.run(
+        [*command, "--name", cell.name],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip()[-500:])
+    if _code() != code:
+        raise RuntimeError(f"expected the same code until the end, got {code} and then {_code()}")
+    return {"code": code, **json.loads(done.stdout.splitlines()[-1])}
+
+
 def _code() -> str:
-    """The commit that is measured."""
+    """The commit that is checked out, and whether files differ from it."""
     command = ["git", "describe", "--always", "--dirty"]
     return subprocess.check_output(command, cwd=Path(__file__).parent, text=True).strip()
 

@@ -1,4 +1,4 @@
-"""One cell of the bench of the methods, in a process of its own: `python bench_process.py …`."""
+"""One cell of the bench of the methods, in this process: what `bench_methods.py cell` runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from bench_cells import (
     BATCH,
     DENSE,
+    DTYPE,
     LENGTH,
     METHODS,
     MODEL,
@@ -60,6 +61,21 @@ class Meter(Callback):
         self.found = {"seconds": time.perf_counter() - self.start, "peak_mib": peak / 2**20}
 
 
+class Accumulate(Callback):
+    """Makes a step of several batches once the model is cut, so that it is cut as without recovery.
+
+    Args:
+        batches: Their number; the steps before the cut must be a multiple of it.
+    """
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_after_cut(self, trainer: Any, pl_module: Any) -> None:
+        """From the next batch on."""
+        trainer.accumulate_grad_batches = self.batches
+
+
 def measure(cell: Cell, data: Path, judge: str) -> dict[str, Any]:
     """Prune, recover if asked to, and take the perplexity."""
     seed_everything(0)
@@ -68,12 +84,12 @@ def measure(cell: Cell, data: Path, judge: str) -> dict[str, Any]:
         str(text / "wikitext2-train-head.txt"),
         test=str(text / "wikitext2-test.txt"),
         length=LENGTH,
-        batch_size=BATCH if row is None or cell.recovery else row.batch,
+        batch_size=BATCH if row is None else row.batch,
         window=WINDOW,
         validation_tokens=TOKENS,
         seed=cell.seed,
     )
-    module = PrunableLM(MODEL, learning_rate=RATE)
+    module = PrunableLM(MODEL, dtype=DTYPE, learning_rate=RATE)
     module.configure_model()
     texts.tokenizer = module.tokenizer
     result = {} if cell == DENSE else _prune(cell, module, texts)
@@ -82,11 +98,12 @@ def measure(cell: Cell, data: Path, judge: str) -> dict[str, Any]:
 
 
 def _prune(cell: Cell, module: PrunableLM, texts: TextDataModule) -> dict[str, Any]:
-    options = asked(cell)
-    pruning, meter = getattr(callbacks, METHODS[cell.method].callback)(**options), Meter()
+    options, row = asked(cell), METHODS[cell.method]
+    pruning, meter = getattr(callbacks, row.callback)(**options), Meter()
     steps: list[Any] = [meter, pruning]
     if cell.recovery:
         steps += [callbacks.LoRARecovery(rank=RANK, alpha=2 * RANK), callbacks.Distillation()]
+        steps.append(Accumulate(BATCH // row.batch))
     trainer = Trainer(
         accelerator="cpu",
         max_steps=pruning.last_step + (STEPS if cell.recovery else 0),

@@ -100,7 +100,7 @@ class Campaign:
     def whole(self, method: str, mode: str) -> tuple[dict[str, str], dict[str, float]]:
         """Run a fit to its end; returns digests of its results and how long phases take."""
         folder = self.out / f"{mode}-{method}-whole"
-        done = (folder / "report.json").exists()
+        done = (folder / "pruned/config.json").exists()  # which is written last, and at once
         if not done and self.start(self.command(method, mode, folder), folder).wait():
             raise SystemExit(f"the uninterrupted fit failed: see {folder}.log")
         begins = [next(lines) for _, lines in groupby(marks(folder), key=lambda line: line[0])]

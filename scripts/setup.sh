@@ -12,7 +12,7 @@ stamp="$venv/.lit-prune"
 
 case "$kind" in
     demo) extras="demo" ;;
-    dev) extras="dev,demo,quant" ;;
+    dev) extras="dev,demo,quant,eval" ;;
     *) echo "setup.sh: expected demo or dev, got '$kind'" >&2; exit 2 ;;
 esac
 

@@ -73,12 +73,13 @@ def _one_shot(folder: Path) -> Parts:
 
 
 def _iterative(folder: Path) -> Parts:
-    """All weights of a model with tied embeddings, cut twice in training."""
+    """All weights of a model with tied embeddings, cut twice in training, measured within it."""
     module = PrunableLM(
         str(folder / "tied"), dtype="float32", learning_rate=1e-2, gradient_checkpointing=True
     )
     pruning = FASPPruning(iterations=2, every=2, **_LATE)
-    return module, _data(folder), [pruning, Distillation()], {"max_steps": 6}
+    options = {"max_steps": 6, "limit_val_batches": None, "val_check_interval": 3}
+    return module, _data(folder), [pruning, Distillation()], options
 
 
 def _masks(folder: Path) -> Parts:
@@ -135,6 +136,7 @@ def fit(folder: Path, name: str, strategy: str, run: str, resume: str | None = N
         "end": parameters(module),
         "left": left_on(module),
         "shares": shares.shares,
+        "measured": float(trainer.callback_metrics.get("val/perplexity", 0.0)),
     }
 
 

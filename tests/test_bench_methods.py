@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.pytorch import Callback
+
+from lit_prune import callbacks
+from lit_prune.pruning import PruningCallback
+from tests.tiny_fit import save_model, write_text
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -16,7 +25,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    for name in ("bench_cells", "bench_methods"):
+    for name in ("bench_cells", "bench_methods", "bench_process"):
         sys.modules.pop(name, None)
     return importlib.import_module("bench_methods")
 
@@ -106,3 +115,102 @@ def test_names_of_cells_are_distinct(bench: Any):
     found = cells.cells(bench.MAIN)
     assert len({cell.name for cell in found}) == len(found)
     assert all(cells.named(cell.name) == cell for cell in found)
+
+
+def test_rows_can_be_made(bench: Any):
+    cells = sys.modules["bench_cells"]
+    for cell in cells.cells(bench.MAIN):
+        if cell != bench.DENSE:
+            getattr(callbacks, bench.METHODS[cell.method].callback)(**cells.asked(cell))
+
+
+class Driver:
+    """Stands in for git and for the process of a cell."""
+
+    def __init__(self, codes: list[str]) -> None:
+        self.codes = codes
+        self.threads: list[str] = []
+
+    def check_output(self, *_: Any, **__: Any) -> str:
+        return self.codes.pop(0) if len(self.codes) > 1 else self.codes[0]
+
+    def run(self, command: list[str], *, env: dict[str, str], **_: Any) -> Any:
+        self.threads.append(env["OMP_NUM_THREADS"])
+        return SimpleNamespace(returncode=0, stdout=json.dumps({"perplexity": 20.0}), stderr="")
+
+
+@pytest.mark.parametrize("codes", [["abc"], ["abc-dirty"], ["abc", "def"], ["abc", "abc-dirty"]])
+def test_a_cell_is_of_one_state_of_the_code(
+    bench: Any, data: Path, tmp_path: Path, monkeypatch: Any, codes: list[str], capsys: Any
+):
+    first, driver, out = codes[0], Driver(list(codes)), tmp_path / "out"
+    monkeypatch.setattr(bench, "subprocess", driver)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if len(codes) == 1:
+        bench.run(data, out, "test", "^dense$", 1.0)
+        assert json.loads((out / "dense.json").read_text())["code"] == first
+        assert driver.threads == ["1"]
+        return
+    with pytest.raises(SystemExit, match="1 cells failed"):
+        bench.run(data, out, "test", "^dense$", 1.0)
+    assert f"got {codes[0]} and then {codes[1]}" in capsys.readouterr().err
+    assert not (out / "dense.json").exists()
+
+
+def test_recovery_changes_nothing_before_the_cut(bench: Any, tmp_path: Path, monkeypatch: Any):
+    """Also of masks, which train on fewer windows a step than a recovery does."""
+    process, cells = importlib.import_module("bench_process"), sys.modules["bench_cells"]
+    text = tmp_path / "data" / "text"
+    text.mkdir(parents=True)
+    for name in ("wikitext2-train-head.txt", "wikitext2-test.txt"):
+        shutil.copy(write_text(tmp_path / "made", 6000), text / name)
+    small = {"LENGTH": 16, "WINDOW": 16, "TOKENS": 64, "STEPS": 3, "RANK": 2}
+    for module, name in itertools.product((process, cells), small):
+        monkeypatch.setattr(module, name, small[name])
+    monkeypatch.setattr(process, "MODEL", save_model(tmp_path / "dense", "llama"))
+    row = cells.METHODS["vib"]
+    masks = {**row.options, "steps": 4, "rate": 5.0}
+    monkeypatch.setitem(cells.METHODS, "vib", replace(row, options=masks))
+
+    watch = Seen()
+    monkeypatch.setattr(process, "Meter", lambda: watch)
+    for method in ("vib", "magnitude-l2"):
+        if method != "vib":  # layers of the embedded model
+            options = {"norm": "l2"}
+            monkeypatch.setitem(
+                cells.METHODS, method, replace(cells.METHODS[method], options=options)
+            )
+        for recovery in (False, True):
+            cell = cells.Cell(method, 20, "least_squares", recovery=recovery)
+            watch.found, watch.rows = {"recovery": recovery}, []
+            process.measure(cell, tmp_path / "data", "test")
+        before = 4 if method == "vib" else 0
+        assert watch.kept[method_of(method), False] == watch.kept[method_of(method), True]
+        assert sum(watch.rows[:before]) == before
+        assert sum(watch.rows[before:]) == 3 * process.BATCH
+        assert watch.steps == before + 3
+
+
+def method_of(name: str) -> str:
+    return {"vib": "VIB", "magnitude-l2": "magnitude"}[name]
+
+
+class Seen(Callback):
+    """The model right after the cut, and the windows of each batch."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {}
+        self.kept: dict[tuple[str, bool], Any] = {}
+        self.rows: list[int] = []
+        self.steps = 0
+
+    def on_after_cut(self, trainer: Any, pl_module: Any) -> None:
+        (pruning,) = (c for c in trainer.callbacks if isinstance(c, PruningCallback))
+        weights = {name: p.tolist() for name, p in pl_module.model.named_parameters()}
+        self.kept[pruning.method, self.found["recovery"]] = (pl_module.layout.to_dict(), weights)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.rows.append(len(batch["input_ids"]))
+        self.steps = trainer.global_step

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from lit_prune.elimination import plan_course
 from lit_prune.errors import UserError
 from lit_prune.lora_gradients import LoRA
 from lit_prune.ranking import Scores
+from lit_prune.scores.random import seed_of
 from lit_prune.smoothing import Smoothing
 from lit_prune.structure import LayerUnits, Layout, Structure, cut
 from lit_prune.structure.counting import count_actual, unique_labels
@@ -49,7 +51,7 @@ def literal(
     course = plan_course(unique_labels(model, structure), structure.widths, axes, sparsity=0.45)
     for turn, step in enumerate(course.steps):
         batches = Windows().calibration_batches(4, 16, 1, turn=turn)
-        lora = LoRA(seed=3 + turn) if gradients == "lora" else None
+        lora = LoRA(seed=seed_of(3, turn)) if gradients == "lora" else None
         scores = coupled_scores(model, structure, batches, axes, Smoothing(smooth), lora=lora)
         units = []
         for layer, sizes in enumerate(structure.widths.layers):
@@ -229,6 +231,25 @@ def test_other_allocations_take_the_same_share_each_time(options: Any) -> None:
     assert CoupledComponentPruning(axes=("channel",), multiple=4).iterations == 3
 
 
+@pytest.mark.parametrize("how", [{"sparsity": 0.4}, {"iterations": 2}])
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_the_target_of_all_parameters_counts_what_embeddings_lose(name: str, how: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "expected to remove")
+        module = fitted(CoupledComponentPruning(relative_to="total", **how, **SMALL), name)
+    (step,) = module.history
+    found = step["sparsity"]
+    assert found["target"] == pytest.approx(found["decoder"])
+    assert found["total"] == pytest.approx(step["options"]["sparsity"], abs=0.02)
+    assert found["total"] != pytest.approx(found["decoder"], abs=0.01)
+
+
+def test_heads_that_are_groups_are_named_once() -> None:
+    axes: Any = ("group", "query", "channel")
+    module = fitted(CoupledComponentPruning(0.2, axes, **SMALL), "gpt2")
+    assert module.history[0]["options"]["axes"] == ["group", "channel"]
+
+
 def test_protected_layers_lose_features_only() -> None:
     module = fitted(CoupledComponentPruning(0.3, protected_layers=[1], **SMALL))
     layers = module.structure.widths.layers
@@ -246,8 +267,8 @@ def test_stock_layers_have_the_same_widths() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"gradients": "zeroth"}, "one of full, lora, got 'zeroth'"),
-        ({"norm_rescale": "all"}, "one of masked, none, calibrated, got 'all'"),
+        ({"gradients": "zeroth"}, "gradients to be one of full, lora, got 'zeroth'"),
+        ({"norm_rescale": "all"}, "norm_rescale to be one of masked, none, calibrated, got 'all'"),
         ({"allocation": "global"}, "no other allocation than uniform.*where hidden is cut, got gl"),
         ({"multiple": 8}, "where hidden is cut, got uniform, None and 8"),
         ({"sparsity": 1.0}, "a sparsity from 0 to below 1"),

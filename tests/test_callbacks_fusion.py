@@ -77,11 +77,12 @@ def test_every_option_reaches_the_score(weighting: Any, fisher_scale: Any) -> No
 
 @pytest.mark.parametrize("estimate", ["vector", "element1", "element2", "mixed"])
 def test_the_single_estimates_are_options(estimate: Any) -> None:
-    module = fitted(AdaptiveFusionPruning(0.4, estimate, fisher_scale="tokens", **OPTIONS))
+    scale: Any = {} if estimate in ("vector", "element1") else {"fisher_scale": "tokens"}
+    module = fitted(AdaptiveFusionPruning(0.4, estimate, **scale, **OPTIONS))
     model = tiny_model("llama")
     batches = Labelled().calibration_batches(4, 16, 1)
-    axes, scale = ["group", "channel"], {"fisher_scale": "tokens"}
-    found = taylor_scores(model, Structure.of(model), batches, [estimate], axes, **scale)  # pyright: ignore[reportArgumentType]
+    axes = ["group", "channel"]
+    found = taylor_scores(model, Structure.of(model), batches, [estimate], axes, **scale)
     assert_lowest_are_gone(module, found[estimate])
     assert module.history[0]["options"]["estimate"] == estimate
     assert "mixing" not in module.history[0]["options"]
@@ -172,10 +173,10 @@ def test_one_seed_gives_one_result() -> None:
     ("options", "text"),
     [
         ({"axes": ["channel", "hidden"]}, "axes out of channel, group, query, value for"),
-        ({"estimate": "coarse"}, "one of fusion, vector, element1, element2, mixed"),
-        ({"mixing": "mean"}, "one of sum, normalised, depth"),
-        ({"weighting": "length"}, "one of uniform, loss"),
-        ({"fisher_scale": "sum"}, "one of mean, tokens"),
+        ({"estimate": "coarse"}, "estimate to be one of fusion, vector, element1, element2, mixed"),
+        ({"mixing": "mean"}, "mixing to be one of sum, normalised, depth"),
+        ({"weighting": "length"}, "weighting to be one of uniform, loss"),
+        ({"fisher_scale": "sum"}, "fisher_scale to be one of mean, tokens"),
         ({"mixing": "depth", "allocation": "global"}, "mixing sum with the global allocation"),
     ],
 )

@@ -21,6 +21,7 @@ from lit_prune.errors import UserError
 from lit_prune.recovery import adapter_state
 from lit_prune.refit import accumulating
 from lit_prune.structure import cut
+from tests.structure.tiny import tiny_model
 from tests.tiny_fit import CutAt, assert_same, make_data, make_trainer, save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -170,10 +171,20 @@ def test_an_adapter_of_another_cut_is_refused(tmp_path: Path):
 
 
 def test_other_adapters_than_the_checkpoints_are_told() -> None:
-    attached = {**LoRARecovery(rank=2).options, "dtype": "float32"}
+    same: list[dict[str, Any]]
+    others: list[tuple[dict[str, Any], str]]
+    same = [{"rank": 2}, {"rank": 2, "dtype": "float32"}, {"rank": 8, "adapter": "saved"}]
+    others = [
+        ({"rank": 3}, r"rank 2 \(here 3\)"),
+        ({"rank": 2, "seed": 1}, r"seed 0 \(here 1\)"),
+        ({"rank": 2, "dtype": "bfloat16"}, r"dtype float32 \(here bfloat16\)"),
+    ]
+    module = PrunableLM.from_model(tiny_model("llama"))  # float32
+    module.attach_adapter(**LoRARecovery(rank=2).options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        LoRARecovery(rank=2)._tell_of_changes(attached)
-        LoRARecovery(rank=8, adapter="saved")._tell_of_changes(attached)
-    with pytest.warns(UserWarning, match=r"stay as they are: rank 2 \(here 3\)$"):
-        LoRARecovery(rank=3)._tell_of_changes(attached)
+        for options in same:
+            LoRARecovery(**options)._tell_of_changes(module)
+    for options, words in others:
+        with pytest.warns(UserWarning, match=f"stay as they are: {words}$"):
+            LoRARecovery(**options)._tell_of_changes(module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -113,9 +113,18 @@ def test_targets_and_dtype_can_be_chosen(tmp_path: Path):
     make_trainer(tmp_path, [lora, kept]).fit(module, datamodule=make_data(tmp_path))
     assert {path.split(".")[-3] for path in kept.state} == {"q_proj", "down_proj"}
     assert {value.dtype for value in kept.state.values()} == {torch.float32}
-    wrong = LoRARecovery(targets=["query"])
-    with pytest.raises(UserError, match="expected LoRA targets out of down_proj, gate_proj"):
-        make_trainer(tmp_path, [wrong]).fit(load(module.pretrained), make_data(tmp_path))
+    for targets in (["query"], ["q_proj", "query"]):
+        wrong = LoRARecovery(targets=targets)
+        words = "expected LoRA targets out of down_proj, gate_proj.* got query; choose"
+        with pytest.raises(UserError, match=words):
+            make_trainer(tmp_path, [wrong]).fit(load(module.pretrained), make_data(tmp_path))
+
+
+def test_an_unknown_dtype_is_refused_before_the_cut(tmp_path: Path):
+    module, wrong = load(save_model(tmp_path / "dense")), LoRARecovery(dtype=cast(Any, "flaot32"))
+    with pytest.raises(UserError, match=r"adapters' dtype out of auto, float32, .* got 'flaot32'"):
+        make_trainer(tmp_path, [fasp(), wrong]).fit(module, make_data(tmp_path))
+    assert module.phase == "dense"
 
 
 def test_the_control_without_pruning_trains_and_reports(tmp_path: Path):

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,28 @@ def test_random_states_come_back(tmp_path: Path):
 # --- two processes ---------------------------------------------------------------------------
 
 
+def test_a_process_may_have_nothing_to_measure(tmp_path: Path):
+    data = make_data(tmp_path, validation_tokens=16)  # one window
+    module = PrunableLM(save_model(tmp_path / "dense"), dtype="float32")
+    module.configure_model()
+    found: list[Any] = []
+    for rank in (0, 1):
+        strategy = SimpleNamespace(
+            reduce=lambda sums, reduce_op: found.append(sums) or sums + 1, broadcast=lambda own: own
+        )
+        trainer: Any = SimpleNamespace(
+            datamodule=data,
+            global_rank=rank,
+            world_size=2,
+            is_global_zero=False,
+            lightning_module=module,
+            strategy=strategy,
+        )
+        data.trainer = trainer
+        GainLossReport(rounds=0, prompts=[]).measure(trainer, module, "dense")
+    assert [sums[1].item() for sums in found] == [15, 0]
+
+
 def test_two_processes_do_what_one_does(tmp_path: Path):
     save_model(tmp_path / "dense")
     write_text(tmp_path)
@@ -146,6 +169,8 @@ def test_two_processes_do_what_one_does(tmp_path: Path):
     assert_same(first, second)
     assert first["layout"] == one["layout"]
     torch.testing.assert_close(first["end"], one["end"], rtol=1e-3, atol=1e-4)
+    assert first["before"] == pytest.approx(one["before"], rel=1e-6)
+    assert first["after"] == pytest.approx(one["after"], rel=1e-4)
     assert_same(logits(load_pruned(tmp_path / "run2" / "pruned")), first["logits"])
     reports = [json.loads((tmp_path / f"run{n}" / "report.json").read_text()) for n in (1, 2)]
     for name, entry in reports[0]["models"].items():

@@ -66,7 +66,7 @@ class Look(Callback):
         ("llama-tied", {}),
         ("gpt2", {"weight_update": False, "kl_scale": 10.0}),
         ("llama", {"threshold": "zero", "protected_layers": [1]}),
-        ("llama", {"axes": ["group", "channel"], "multiple": 0, "norm_rescale": "none"}),
+        ("llama", {"axes": ["group", "channel"], "multiple": 0}),
         ("llama", {"axes": ["hidden"], "norm_rescale": "none"}),
     ],
 )

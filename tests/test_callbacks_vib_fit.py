@@ -152,8 +152,11 @@ def test_gradient_checkpointing_works_while_masks_train(tmp_path: Path, name: st
         ({"kl_scale": -1.0}, "a kl_scale of at least 0 or auto, got -1"),
         ({"kl_scale": "full"}, "a kl_scale of at least 0 or auto, got 'full'"),
         ({"multiple": 7}, "a multiple out of 0, 8, 64, 128, 256, got 7"),
-        ({"threshold": "half"}, "one of exact, zero, got 'half'"),
-        ({"norm_rescale": "calibrated"}, "one of masked, none, got 'calibrated'"),
+        ({"threshold": "half"}, "threshold to be one of exact, zero, got 'half'"),
+        (
+            {"norm_rescale": "calibrated"},
+            "norm_rescale to be one of masked, none, got",
+        ),
         ({"sparsity": 1.0}, "a sparsity from 0 to below 1"),
     ],
 )

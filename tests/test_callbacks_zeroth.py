@@ -17,6 +17,7 @@ from lit_prune.calibrating import Calibration
 from lit_prune.callbacks.zeroth import ZerothOrderPruning
 from lit_prune.errors import UserError
 from lit_prune.layerwise import Ranks
+from lit_prune.scores.random import seed_of
 from lit_prune.spsa import GateNoise, WeightNoise, loss_slopes, windows
 from lit_prune.structure import Structure
 from lit_prune.structure.coupling import parameter_names
@@ -27,6 +28,7 @@ from lit_prune.zeroth_order import (
     input_statistics,
     scored_parts,
 )
+from tests.crowded import crowded
 from tests.fasp_ranks import Windows, trainer_of
 from tests.planted import planted, removed_units, share
 from tests.structure.tiny import tiny_model
@@ -39,9 +41,16 @@ CRITERIA = ["fms", "wanda", "magnitude", "gradient"]
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 
 
+def small(criterion: str) -> dict[str, Any]:
+    """Only what counts with a criterion."""
+    names = set(SMALL) if criterion in ("fms", "gradient") else set(SMALL) - {"gradient_samples"}
+    return {name: SMALL[name] for name in names}
+
+
 def fitted(model: Any, **options: Any) -> PrunableLM:
     module = PrunableLM.from_model(model)
-    trainer_of(ZerothOrderPruning(**{**SMALL, **options})).fit(module, datamodule=Windows())
+    given = {**small(options.get("criterion", "fms")), **options}
+    trainer_of(ZerothOrderPruning(**given)).fit(module, datamodule=Windows())
     return module
 
 
@@ -63,12 +72,13 @@ def test_planted_units_go_first(seed: int, options: dict[str, Any]) -> None:
             assert found == [sorted(units) for units in case.weak[axis]]
 
 
-KINDS = [("gates", "fms")] + [(a, b) for a in ("weights", "backprop") for b in CRITERIA]
+KINDS = [("gates", "fms"), *(("weights", name) for name in CRITERIA)]
+KINDS += [("backprop", "fms"), ("backprop", "gradient")]
 
 
 @pytest.mark.parametrize(("kind", "criterion"), KINDS)
 def test_scores_are_those_of_the_functions(kind: str, criterion: Any) -> None:
-    options: dict[str, Any] = {"criterion": criterion, **SMALL}
+    options: dict[str, Any] = {"criterion": criterion, **small(criterion)}
     options |= {"gradient": kind} if kind == "backprop" else {"perturb": kind}
     calibration = calibration_of(tiny_model("llama"), seed=3, iteration=2)
     found = ZerothOrderPruning(**options).score(calibration)
@@ -80,7 +90,7 @@ def test_scores_are_those_of_the_functions(kind: str, criterion: Any) -> None:
     statistics = input_statistics(model, calibration.batches, paths)
     own = windows(calibration.batches, 5, 2)
     if kind == "gates":
-        gates = GateNoise(model, structure, BOTH, 5)
+        gates = GateNoise(model, structure, BOTH, seed_of(3, 2))
         slopes = loss_slopes(model, own, gates, 5, 1e-2)
         expected = gate_scores(model, structure, BOTH, statistics, gates, slopes)
     elif kind == "backprop":
@@ -88,10 +98,10 @@ def test_scores_are_those_of_the_functions(kind: str, criterion: Any) -> None:
         mask = torch.cat([batch["attention_mask"] for batch in calibration.batches])[:5]
         labels = ids.masked_fill(mask == 0, -100)
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        expected = backprop_scores(model, structure, BOTH, statistics, batch, criterion)
+        expected = backprop_scores(model, structure, BOTH, statistics, [batch], criterion)
     else:
         names = parameter_names(model, [part for layer in layers for part in layer])
-        noise = WeightNoise(model, names, 5)
+        noise = WeightNoise(model, names, seed_of(3, 2))
         slopes = loss_slopes(model, own, noise, 5, 1e-3)
         expected = feature_map_scores(
             model, structure, BOTH, statistics, lambda x: noise.gradient(x, slopes), criterion
@@ -99,6 +109,45 @@ def test_scores_are_those_of_the_functions(kind: str, criterion: Any) -> None:
     for axis in BOTH:
         for one, two in zip(found[axis], expected[axis], strict=True):
             assert torch.allclose(one, two, rtol=1e-4)
+
+
+def test_a_backward_pass_takes_no_more_windows_than_memory_holds() -> None:
+    options: dict[str, Any] = {**SMALL, "gradient": "backprop", "sparsity": 0.4}
+    whole = fitted(tiny_model("llama"), **options)
+    model, seen = tiny_model("llama"), []
+    layer = model.get_submodule("model.layers.0")
+    layer.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    with crowded(model, 1, layer=0) as failures, pytest.warns(UserWarning, match="memory ran out"):
+        found = fitted(model, **options)
+    assert failures
+    assert max(seen) == 2  # of 5 windows for the gradient
+    assert found.layout.to_dict() == whole.layout.to_dict()
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "gradient"])
+@pytest.mark.parametrize("gradient", ["zeroth_order", "backprop"])
+def test_norms_are_taken_where_they_count(
+    criterion: Any, gradient: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (criterion, gradient) == ("magnitude", "backprop"):
+        return  # refused
+    expected = ZerothOrderPruning(criterion=criterion, gradient=gradient, **small(criterion))
+    scores = expected.score(calibration_of(tiny_model("llama")))
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr("lit_prune.callbacks.zeroth.input_statistics", refuse)
+    callback = ZerothOrderPruning(criterion=criterion, gradient=gradient, **small(criterion))
+    calibration = calibration_of(tiny_model("llama"))
+    if criterion == "magnitude":
+        calibration.batches = []
+    assert callback.needs_data == (criterion == "gradient")
+    found = callback.score(calibration)
+    for axis in BOTH:
+        assert all(map(torch.equal, found[axis], scores[axis]))
+    with pytest.raises(AssertionError):
+        ZerothOrderPruning(**SMALL).score(calibration_of(tiny_model("llama")))
 
 
 def test_one_seed_has_one_result() -> None:

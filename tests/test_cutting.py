@@ -12,9 +12,12 @@ from lightning.pytorch import Callback
 from lit_prune import PrunableLM
 from lit_prune.callbacks import (
     CoupledComponentPruning,
+    ExportCheckpoint,
     FASPPruning,
     GainLossReport,
     LoRARecovery,
+    MagnitudePruning,
+    VIBPruning,
     WandaPruning,
 )
 from lit_prune.cutting import sizes_of
@@ -102,6 +105,39 @@ def test_each_cut_takes_an_equal_part() -> None:
     pruning = FASPPruning(0.3, iterations=3, **SMALL)
     trainer_of(pruning, shares).fit(module, datamodule=Windows())
     assert shares.found == pytest.approx([0.1, 0.2, 0.3], abs=0.02)
+
+
+def test_each_cut_knows_what_all_take_together() -> None:
+    goals: list[tuple[float, float]] = []
+
+    class Looks(WandaPruning):
+        def prune(self, calibration: Any, target: float) -> Any:
+            goals.append((calibration.goal, target))
+            return super().prune(calibration, target)
+
+    trainer_of(Looks(0.2, iterations=2, **SMALL)).fit(module_of(), datamodule=Windows())
+    assert goals == [(0.2, pytest.approx(0.1)), (0.2, pytest.approx(0.1 / 0.9, abs=0.01))]
+
+
+NEVER: list[dict[str, Any]] = [{"max_epochs": 0}, {"limit_train_batches": 0}]
+
+
+@pytest.mark.filterwarnings("ignore:expected learning rates that sum")
+@pytest.mark.parametrize("options", NEVER, ids=str)
+@pytest.mark.parametrize("kind", [MagnitudePruning, VIBPruning])
+def test_a_fit_that_never_trains_is_none(tmp_path: Path, kind: Any, options: Any) -> None:
+    module = module_of()
+    pruning = VIBPruning(0.3, steps=3, multiple=0, **SMALL)
+    pruning = MagnitudePruning(0.3, start=3) if kind is MagnitudePruning else pruning
+    callbacks = [pruning, GainLossReport(rounds=0, prompts=[]), ExportCheckpoint()]
+    trainer = make_trainer(tmp_path, callbacks, max_steps=5, **options)
+    with pytest.raises(UserError, match=r"a fit of at least 3 steps, .* got 0; raise"):
+        trainer.fit(module, datamodule=make_data(tmp_path))
+    assert not (tmp_path / "pruned").exists()
+    assert not (tmp_path / "report.json").exists()
+    assert (module.gates, module.loss_term, module.optimization_of) == (None, None, None)
+    assert all(parameter.requires_grad for parameter in module.model.parameters())
+    assert not any(part._forward_pre_hooks for part in module.model.modules())
 
 
 def test_windows_set_aside_are_not_scored() -> None:

@@ -113,6 +113,22 @@ def test_layers_give_by_the_loss_when_they_alone_are_cut(columnwise: bool) -> No
     assert given == pytest.approx([first, 0.0, last], rel=1e-5)
 
 
+@pytest.mark.parametrize(("goal", "power"), [(None, 0.5), (0.3, 0.5), (0.5, 0.25)])
+def test_the_power_of_shares_is_chosen_by_all_cuts_together(goal: Any, power: float) -> None:
+    calibration = calibration_of(
+        tiny_model("llama"), ("channel",), held=batches(5), goal=goal, iteration=0
+    )
+    scores = decision.column_scores(calibration, score)
+
+    def rises(*_: Any, **__: Any) -> list[float]:
+        return [0.04, 0.01, 0.09]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decision, "loss_rises", rises)
+        seen = decision.layer_shares(calibration, scores, 0.25, [], Restoration())
+    assert seen == pytest.approx([rise**-power for rise in (0.04, 0.01, 0.09)])
+
+
 def test_every_process_takes_the_first_ones_layout() -> None:
     model = tiny_model("llama")
     structure = Structure.of(model)
@@ -120,14 +136,12 @@ def test_every_process_takes_the_first_ones_layout() -> None:
     others = varied(structure, ("query", "channel", "hidden"), seed=1)
     sent: list[dict[str, Tensor]] = []
     first = Ranks(agree=lambda own: sent.append(own) or own)
-    found = decision.agreed(calibration_of(model, (), ranks=first), others)
+    found = decision.agreed(first, others)
     assert found.to_dict() == others.to_dict()
     ranks = Ranks(agree=lambda own: sent[0])
-    assert (
-        decision.agreed(calibration_of(model, (), ranks=ranks), mine).to_dict() == others.to_dict()
-    )
+    assert decision.agreed(ranks, mine).to_dict() == others.to_dict()
     bare = Layout.full(structure.widths).replace_layer(1, {"channel": torch.arange(4)})
-    assert decision.agreed(calibration_of(model, ()), bare).to_dict() == bare.to_dict()
+    assert decision.agreed(Ranks(), bare).to_dict() == bare.to_dict()
 
 
 def heads_of(name: str) -> str:

@@ -165,12 +165,13 @@ def test_a_loss_that_is_no_number(tmp_path: Path, value: float) -> None:
     with pytest.raises(UserError, match=rf"got {value} in step 3 \(recovery\)") as caught:
         fit(tmp_path, *callbacks, steps=5)
     assert "\n" not in str(caught.value)
+    assert "go on from the last checkpoint" in str(caught.value)
     assert spoil.done == 2
     assert not (tmp_path / "run" / "pruned").exists()
 
 
 def test_a_loss_of_masks_and_before_a_cut(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"got nan in step 2 \(mask learning\)"):
+    with pytest.raises(UserError, match=r"in step 2 \(mask learning\); start anew with a lower"):
         fit(tmp_path, METHODS["vib"].make(), Spoil(1), model=tiny_model("llama"), steps=7)
     late = FASPPruning(samples=4, length=16, start=2)
     with pytest.raises(UserError, match=r"got nan in step 1 \(training before the cut\)"):

@@ -12,7 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from lit_prune.errors import UserError
-from lit_prune.files import file_written_at_once, folder_errors, follow_umask, written_at_once
+from lit_prune.files import (
+    clear_leftovers,
+    file_written_at_once,
+    folder_errors,
+    follow_umask,
+    written_at_once,
+)
 
 
 @pytest.fixture
@@ -62,6 +68,55 @@ def test_after_an_error_everything_is_as_before(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), written_at_once(out) as folder:
         write(folder)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/old"]
+
+
+def test_a_folder_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, synced, sync = tmp_path / "out", set(), os.fsync
+
+    def record(number: int) -> None:
+        synced.add((os.fstat(number).st_ino, out.exists()))
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", record)
+    with written_at_once(out) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "a").write_text("x")
+        (folder / "b").write_text("x")
+        parts = [folder, *folder.rglob("*")]
+        numbers = {path.stat().st_ino for path in parts}
+    assert {(number, False) for number in numbers} | {(tmp_path.stat().st_ino, True)} == synced
+
+
+def test_a_file_that_is_not_on_the_disk_gets_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with written_at_once(tmp_path / "empty"):  # folders need not be synced everywhere
+        pass
+    with pytest.raises(OSError, match="No space left"), written_at_once(tmp_path / "out") as folder:
+        (folder / "a").write_text("x")
+    assert os.listdir(tmp_path) == ["empty"]
+
+
+def test_what_a_kill_left_is_cleared(tmp_path: Path) -> None:
+    for name in ("o.old-1", "o.tmp-1", "o.tmp-2", "o.old-backup", "oo.old-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    clear_leftovers(tmp_path / "o")  # killed between the two renames
+    assert (tmp_path / "o/file").read_text() == "o.old-1"
+    assert sorted(os.listdir(tmp_path)) == ["o", "o.old-backup", "oo.old-1"]
+    (tmp_path / "o.old-3").mkdir()
+    with written_at_once(tmp_path / "o") as folder:
+        assert sorted(os.listdir(tmp_path)) == sorted(
+            ["o", "o.old-backup", "oo.old-1", folder.name]
+        )
+        (folder / "file").write_text("new")
+    assert (tmp_path / "o/file").read_text() == "new"
 
 
 def test_a_file_is_replaced_at_once(tmp_path: Path, umask: int) -> None:

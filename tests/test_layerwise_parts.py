@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lit_prune.allocation import Plan
 from lit_prune.calibration import Stream
@@ -172,6 +173,30 @@ def test_mean_output_is_in_float32() -> None:
     assert found.dtype == torch.float32
     assert found.tolist() == pytest.approx(literal)
     assert mean_output(weight, mean, torch.zeros(5, dtype=torch.bool)).tolist() == [0.0] * 3
+
+
+class Products(TorchFunctionMode):
+    """Notes with what precision matrices are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "matmul" in getattr(func, "__name__", "") and args:
+            self.seen.append(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
+def test_mean_output_is_exact_whatever_training_is_set_to() -> None:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with Products() as products:
+            mean_output(torch.ones(3, 5), torch.ones(5), torch.ones(5, dtype=torch.bool))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert products.seen == ["highest"]
 
 
 @pytest.mark.parametrize("kind", ["least_squares", "bias", "none"])

@@ -230,7 +230,7 @@ def test_masks_are_compared_by_the_model_that_they_leave(name: str, weight_updat
 def test_masks_are_compared_near_the_target_only() -> None:
     training = training_of(tiny_model("llama"), 0.4)
     gates, structure = training.gates, training.structure
-    assert not training.is_near()
+    assert not training.is_near(Ranks())
     with torch.no_grad():  # all open but channels of one layer, so that the sparsity is known
         gates.split(gates.log_variance)["channel", 1][:10] = 20
     sparsity = training.objective(gates, 0)["sparsity"].item()
@@ -238,7 +238,20 @@ def test_masks_are_compared_near_the_target_only() -> None:
     assert 0.04 < sparsity < 0.06
     for excess, near in ((-0.009, False), (-0.007, True), (0.0009, True), (0.0011, False)):
         training.objective.target = sparsity - excess
-        assert training.is_near() == near
+        assert training.is_near(Ranks()) == near
+        # the first process decides, whatever a float here says
+        other = Ranks(agree=lambda own: {name: ~value for name, value in own.items()})
+        assert training.is_near(other) != near
+
+
+def test_every_process_tries_the_layout_of_the_first() -> None:
+    training, tried = training_of(tiny_model("llama"), 0.4), []
+    whole = Layout.full(training.structure.widths)
+    other = Ranks(agree=lambda own: tried.append(own) or {})
+    found = training.compare(batches(), other)
+    assert tried[0], "this process would try to cut something"
+    with torch.no_grad(), training.gates.holding(whole, weighted=True):
+        assert found == pytest.approx(loss_on(training.model, batches(), Ranks()))
 
 
 def test_multiples_that_undo_the_pruning_are_refused_before_masks_train() -> None:

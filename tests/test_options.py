@@ -12,6 +12,7 @@ from lit_prune import PrunableLM
 from lit_prune.callbacks import (
     AdaptiveFusionPruning,
     CoupledComponentPruning,
+    Distillation,
     FASPPruning,
     FLAPPruning,
     MagnitudePruning,
@@ -23,6 +24,8 @@ from lit_prune.callbacks import (
 )
 from lit_prune.cli.main import set_sparsity
 from lit_prune.errors import UserError
+from lit_prune.opening import adopt
+from lit_prune.structure import Layout, Structure, cut
 from tests.fasp_ranks import Windows, trainer_of
 from tests.structure.tiny import tiny_model
 
@@ -39,10 +42,10 @@ def fitted(callback: Any, name: str = "llama", **options: Any) -> PrunableLM:
 @pytest.mark.parametrize(
     ("kind", "options", "text"),
     [
-        (FASPPruning, {"ridge": "weight"}, "one of weights, zero, got 'weight'"),
-        (FASPPruning, {"relative_to": "all"}, "one of decoder, total, got 'all'"),
-        (FASPPruning, {"allocation": "even"}, "one of uniform, global, sensitivity, got 'even'"),
-        (FASPPruning, {"restoration": "ols"}, "one of none, least_squares, bias, unit_scales"),
+        (FASPPruning, {"ridge": "weight"}, "ridge to be one of weights, zero, got 'weight'"),
+        (FASPPruning, {"relative_to": "all"}, "relative_to to be one of decoder, total, got 'all'"),
+        (FASPPruning, {"allocation": "even"}, "allocation to be one of uniform, global, sensi"),
+        (FASPPruning, {"restoration": "ols"}, "restoration to be one of none, least_squares"),
         (FASPPruning, {"samples": 0}, "samples of at least 1, got 0"),
         (FASPPruning, {"every": 2}, "every with several iterations, got every 2 and one cut"),
         (
@@ -72,10 +75,14 @@ def fitted(callback: Any, name: str = "llama", **options: Any) -> PrunableLM:
             {"per_layer_ratio": 0.2, "allocation": "sensitivity"},
             "per_layer_ratio with the uniform .* got sensitivity and decoder",
         ),
-        (MagnitudePruning, {"norm": "l3"}, "one of l1, l2, got 'l3'"),
-        (ZerothOrderPruning, {"gradient": "back-prop"}, "one of zeroth_order, backprop, got"),
-        (ZerothOrderPruning, {"perturb": "gate"}, "one of weights, gates, got 'gate'"),
-        (ZerothOrderPruning, {"criterion": "foo"}, "one of fms, wanda, magnitude, gradient"),
+        (MagnitudePruning, {"norm": "l3"}, "norm to be one of l1, l2, got 'l3'"),
+        (
+            ZerothOrderPruning,
+            {"gradient": "back-prop"},
+            "gradient to be one of zeroth_order, backprop",
+        ),
+        (ZerothOrderPruning, {"perturb": "gate"}, "perturb to be one of weights, gates, got"),
+        (ZerothOrderPruning, {"criterion": "foo"}, "criterion to be one of fms, wanda, magnitude"),
         (ZerothOrderPruning, {"samples": 8}, "gradient_samples out of the samples, got 10 of 8"),
         (
             AdaptiveFusionPruning,
@@ -88,6 +95,67 @@ def fitted(callback: Any, name: str = "llama", **options: Any) -> PrunableLM:
             "ffn_step only where",
         ),
         (CoupledComponentPruning, {"ffn_step": 2, "axes": ["query"]}, "ffn_step only where"),
+        (FASPPruning, {"axes": ["channel", "channel"]}, "each of axes once, got channel twice"),
+        (
+            FASPPruning,
+            {"protected_layers": [2, 0, 2]},
+            "each of protected_layers once, got 2 twice",
+        ),
+        (
+            AdaptiveFusionPruning,
+            {"weighting": "loss", "smoothing": True},
+            "weighting uniform with smoothing, .* got loss",
+        ),
+        (
+            ZerothOrderPruning,
+            {"criterion": "wanda", "gradient": "backprop"},
+            "gradient only with criterion fms or gradient, got 'backprop'",
+        ),
+        (
+            ZerothOrderPruning,
+            {"criterion": "magnitude", "gradient_samples": 4},
+            "gradient_samples only with criterion fms or gradient, got 4",
+        ),
+        (
+            ZerothOrderPruning,
+            {"criterion": "wanda", "epsilon": 0.1},
+            "epsilon only with criterion fms or gradient, got 0.1",
+        ),
+        (
+            ZerothOrderPruning,
+            {"gradient": "backprop", "epsilon": 0.1},
+            "epsilon only with gradient zeroth_order, got 0.1",
+        ),
+        (
+            TaylorPruning,
+            {"estimate": "vector", "fisher_scale": "tokens"},
+            "fisher_scale only with an estimate that has second-order terms, got 'tokens'",
+        ),
+        (
+            AdaptiveFusionPruning,
+            {"estimate": "element1", "fisher_scale": "tokens"},
+            "fisher_scale only with an estimate that has second-order terms, got 'tokens'",
+        ),
+        (
+            VIBPruning,
+            {"axes": ["group", "channel"], "norm_rescale": "none"},
+            "norm_rescale only with the axis hidden, got 'none'",
+        ),
+        (
+            CoupledComponentPruning,
+            {"axes": ["channel"], "norm_rescale": "none"},
+            "norm_rescale only with the axis hidden, got 'none'",
+        ),
+        (
+            Distillation,
+            {"kl": 0.0, "temperature": 2.0},
+            "temperature only with a kl above 0, got 2",
+        ),
+        (
+            Distillation,
+            {"hidden_every": 2},
+            "hidden_every only with a weight hidden above 0, got 2",
+        ),
     ],
 )
 def test_what_would_not_count_is_refused(kind: Any, options: Any, text: str) -> None:
@@ -132,6 +200,32 @@ def test_of_several_cuts_only_the_last_must_come_near() -> None:
     callback = FASPPruning(0.1, multiple=4, iterations=8, allocation="global", **SMALL)
     reached = fitted(callback).history[0]["sparsity"]["decoder"]
     assert reached == pytest.approx(0.1, abs=0.05)
+
+
+def test_a_ratio_of_each_layer_is_met_where_layers_differ() -> None:
+    """As in a model that was pruned before."""
+    model = tiny_model("llama")
+    structure = Structure.of(model)
+    layout = Layout.full(structure.widths).replace_layer(0, {"channel": torch.arange(4)})
+    with torch.no_grad():
+        cut(model, structure, layout)
+    callback = WandaPruning(per_layer_ratio=0.2, protected_layers=[0], **SMALL)
+    dense = [parameters_of(layer) for layer in structure.layers(model)]
+    module = PrunableLM("tiny", dtype="auto")
+    adopt(module, model, structure.widths)
+    module.model = model
+    trainer_of(callback).fit(module, datamodule=Windows())
+    left = [parameters_of(layer) for layer in module.structure.layers(module.model)]
+    assert left[0] == dense[0]
+    assert [1 - a / b for a, b in zip(left, dense, strict=True)][1:] == pytest.approx(
+        [0.2, 0.2], abs=0.01
+    )
+    (entry,) = module.history
+    assert entry["sparsity"]["target"] == pytest.approx(0.2 * sum(dense[1:]) / sum(dense))
+
+
+def parameters_of(layer: Any) -> int:
+    return sum(parameter.numel() for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize(
@@ -207,7 +301,8 @@ class NoTokens(Windows):
 @pytest.mark.parametrize("kind", [MagnitudePruning, RandomPruning])
 def test_methods_that_look_at_no_token_draw_none(kind: Any) -> None:
     module = PrunableLM.from_model(tiny_model("llama"))
-    trainer_of(kind(0.2, samples=10**6)).fit(module, datamodule=NoTokens())
+    with pytest.warns(UserWarning, match="looks at no calibration tokens, so that samples do not"):
+        trainer_of(kind(0.2, samples=10**6)).fit(module, datamodule=NoTokens())
     assert "calibration" not in module.history[0]["options"]
     for options in ({"restoration": "bias"}, {"allocation": "sensitivity"}):
         callback = kind(0.2, **options, **SMALL)

@@ -124,6 +124,13 @@ def test_commands_are_understood(
         (place / "runs" / "smaller" / "config.yaml").unlink(missing_ok=True)
         assert main(words) == 2  # the block of Python left no config.yaml to export from
         assert "expected a run's folder with a config.yaml" in capsys.readouterr().err
+    elif words[0] == "evaluate":
+        monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: {"text": ["w1 w2"] * 9000})
+        assert main([*words, "--speed", "false"]) == 2  # the tiny model has few positions
+        assert "positions, got 2048" in capsys.readouterr().err
+    elif words[0] == "compare":
+        assert main(words[:2]) == 0
+        assert "parameters" in capsys.readouterr().out
     else:
         assert main(words) == 0
         assert "channel" in capsys.readouterr().out

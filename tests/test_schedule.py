@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lit_prune import PrunableLM
-from lit_prune.schedule import make_optimizer, warmed_up
+from lit_prune.errors import UserError
+from lit_prune.schedule import check_settings, make_optimizer, warmed_up
 from tests.structure.tiny import tiny_model
 from tests.tiny_fit import Watch, make_data, make_tokenizer, make_trainer
 
@@ -44,6 +45,18 @@ def test_the_first_rate_is_never_zero(shape: str):
     assert rates(3, 1.0, shape)[:3] == pytest.approx([2 / 3, 4 / 3, 2.0])
 
 
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (("sgd", "cosine"), "expected optimizer to be one of adamw, adamw8bit, got 'sgd'"),
+        (("adamw", "step"), "expected schedule to be one of cosine, linear, constant, got 'step'"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_its_name(names: tuple[str, str], text: str):
+    with pytest.raises(UserError, match=text):
+        check_settings(*names, lr=1e-3, weight_decay=0.0, warmup=0.0)
+
+
 @pytest.mark.parametrize("size", [(8, 16), (64, 80)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_in_8_bit_is_nearly_adamw(size: tuple[int, int], dtype: torch.dtype):
@@ -64,6 +77,13 @@ def test_adamw_in_8_bit_is_nearly_adamw(size: tuple[int, int], dtype: torch.dtyp
     assert ends[0].abs().mean() > 0.05
     close = 0.1 if dtype == torch.float32 else 0.2
     assert (ends[1] - ends[0]).norm() < close * ends[0].norm()
+
+
+def test_steps_without_a_limit_are_refused(tmp_path: Path):
+    module = PrunableLM.from_model(tiny_model("llama"), make_tokenizer())
+    trainer = make_trainer(tmp_path, max_steps=-1, max_epochs=-1, max_time={"seconds": 1})
+    with pytest.raises(UserError, match="max_epochs, got neither"):
+        trainer.fit(module, datamodule=make_data(tmp_path))
 
 
 def test_a_callback_can_bring_its_own_optimization(tmp_path: Path):

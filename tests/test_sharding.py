@@ -102,6 +102,14 @@ def test_each_process_trains_a_share(ranks: Any, name: str) -> None:
     assert set(ranks[0][f"{name} ddp"]["shares"]) == {1.0}
 
 
+def test_each_window_is_measured_once(folder: Path, ranks: Any) -> None:
+    for strategy in ("ddp", "fsdp2"):
+        report = json.loads((folder / f"iterative-{strategy}" / "report.json").read_text())
+        for found in ranks:
+            logged = found[f"iterative {strategy}"]["measured"]
+            assert logged == pytest.approx(report["models"]["recovered"]["perplexity"], rel=1e-5)
+
+
 @pytest.mark.parametrize("name", FITS)
 def test_nothing_of_fsdp_stays_on_the_model(ranks: Any, name: str) -> None:
     assert ranks[0][f"{name} fsdp2"]["left"] == ranks[0][f"{name} ddp"]["left"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_prune.calibration import Stream
 from lit_prune.layerwise import Ranks, Restoration, as_decided, prune_layers
+from lit_prune.notes import noting
 from lit_prune.structure import Layout, Structure
 from tests.literal_fasp import columns
 from tests.structure.layouts import cuttable
@@ -230,7 +231,11 @@ def test_a_scale_beyond_ten_ends_the_tuning() -> None:
     layout = Layout.full(structure.widths)
     for layer in (0, 2):
         layout = layout.replace_layer(layer, {"channel": torch.arange(10)})
-    tuned(model, layout)
+    path = "model.layers.{}.mlp.down_proj"
+    text = f"scale at {path.format(2)} is beyond 10; neither it nor any block behind it is tuned"
+    with noting() as notes, pytest.warns(UserWarning, match=text):
+        tuned(model, layout)
+    assert len(notes) == 1
     kept = columns(before, "model.layers.2.mlp.down_proj")[:, :10]
     assert torch.equal(columns(model, "model.layers.2.mlp.down_proj"), kept)
     kept = columns(before, "model.layers.0.mlp.down_proj")[:, :10]
@@ -243,10 +248,11 @@ def test_a_scale_beyond_ten_ends_the_tuning() -> None:
     for number, layer in enumerate(layers):
         layer.get_submodule("self_attn").layer_idx = number  # pyright: ignore
     whole = copy.deepcopy(planted)
-    tuned(planted, layout)
+    with pytest.warns(UserWarning, match=f"a unit scale at {path.format(0)} is beyond 10"):
+        tuned(planted, layout)
     for layer in (0, 2):
-        path = f"model.layers.{layer}.mlp.down_proj"
-        assert torch.equal(columns(planted, path), columns(whole, path)[:, :10])
+        name = path.format(layer)
+        assert torch.equal(columns(planted, name), columns(whole, name)[:, :10])
 
 
 def test_processes_add_what_they_have_seen() -> None:

@@ -188,6 +188,18 @@ def test_values_may_be_narrower_than_keys(name: str) -> None:
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_the_default_device_makes_no_difference(name: str) -> None:
+    model = tiny_model(name)
+    structure = Structure.of(model)
+    expected = logits(model)
+    # while a fit cuts, the default is the model's device
+    with torch.device("meta"), unshared(model, structure) as own:
+        own.check(model)
+        with torch.device("cpu"):
+            torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+
+
 def test_attention_that_does_not_count_its_keys_is_refused() -> None:
     model: Any = tiny_model("llama")
     structure = Structure.of(model)

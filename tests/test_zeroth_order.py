@@ -15,6 +15,7 @@ from lit_prune.structure.coupling import parameter_names
 from lit_prune.structure.dims import PER_GROUP
 from lit_prune.zeroth_order import (
     backprop_scores,
+    batches_of,
     feature_map_scores,
     gate_scores,
     input_statistics,
@@ -190,7 +191,7 @@ def test_back_propagated_gradients_give_the_ablation(name: str, criterion: Any) 
     model: Any = tiny_model(name)
     (batch, *_) = batches()
     structure, statistics = Structure.of(model), statistics_of(model, BOTH, batches())
-    scores = backprop_scores(model, structure, BOTH, statistics, batch, criterion)
+    scores = backprop_scores(model, structure, BOTH, statistics, [batch], criterion)
     assert all(parameter.grad is None for parameter in model.parameters())
     model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss.backward()
     gradients = {key: p.grad for key, p in model.named_parameters()}
@@ -267,3 +268,22 @@ def test_every_axis_names_what_it_owns() -> None:
         "query": {"query", "output"},
         "value": {"value", "output"},
     }
+
+
+def test_gradients_of_several_batches_are_those_of_their_tokens() -> None:
+    model: Any = tiny_model("llama")
+    structure, (first, second) = Structure.of(model), batches()
+    first["attention_mask"][1:, 4:] = 0  # so that a batch counts less than the other
+    whole = {name: torch.cat([first[name], second[name]]) for name in first}
+    statistics = statistics_of(model, BOTH, [first, second])
+    expected = backprop_scores(model, structure, BOTH, statistics, [whole])
+    for parts in ([first, second], batches_of(whole, 4), batches_of(whole, 1)):
+        found = backprop_scores(model, structure, BOTH, statistics, parts)
+        for axis in BOTH:
+            for one, two in zip(found[axis], expected[axis], strict=True):
+                assert torch.allclose(one, two, rtol=1e-3)
+
+
+def test_batches_are_parted_in_order() -> None:
+    parts = batches_of({"input_ids": torch.arange(5)[:, None]}, 2)
+    assert [part["input_ids"].flatten().tolist() for part in parts] == [[0, 1], [2, 3], [4]]

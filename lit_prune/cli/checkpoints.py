@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import pickle
-import re
 import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +20,8 @@ DAMAGED = ".damaged"
 _LAST_OF_SHARDS = "meta.pt"
 #: What torch says where a file can't be mapped, for lack of memory or by a file system.
 _NO_MAPPING = "unable to mmap"
-_KEYWORDS = ("best", "hpc")
+#: What every checkpoint of a Lightning trainer holds.
+_OF_LIGHTNING = {"state_dict", "global_step", "pytorch-lightning_version"}
 
 
 def find_checkpoint(folder: Path, wanted: str | None) -> tuple[str | None, list[str]]:
@@ -29,41 +29,61 @@ def find_checkpoint(folder: Path, wanted: str | None) -> tuple[str | None, list[
 
     Args:
         folder: The run's folder.
-        wanted: A path, `last` for the folder's newest whole one, a word that Lightning knows, or
-            None.
+        wanted: A path, `last` for the folder's newest whole one, or None.
 
     Returns:
         The path, or None if none is wanted or the folder has none yet; and what is wrong with those
         that were passed over, a line for each.
 
     Raises:
-        UserError: The path does not exist, or it or all in the folder are damaged.
+        UserError: The path does not exist, or it or all in the folder are unfit.
     """
-    if wanted is None or wanted in _KEYWORDS or re.match(r"\w+:", wanted):
-        return wanted, []
+    if wanted is None:
+        return None, []
     if wanted == "last":
         return _newest_whole(folder)
-    if not Path(wanted).exists():
+    if "://" in wanted:
+        raise UserError(
+            f"expected a checkpoint file as --ckpt_path, got the address {wanted}: download it, "
+            "and give the file"
+        )
+    path = Path(wanted).expanduser()
+    if not path.exists():
         raise UserError(
             f"expected a checkpoint file as --ckpt_path, got {wanted}, which does not exist: give "
             "an existing one, or 'last' for that of the run's folder"
         )
-    wrong = damage(Path(wanted))
+    wrong = unfit(path)
     if wrong is not None:
         raise UserError(
             f"expected a whole Lightning checkpoint as --ckpt_path, got {wanted}, which {wrong}: "
             "give an older one, 'last' for the run's newest whole one, or --overwrite to start anew"
         )
-    return wanted, []
+    return str(path), []
+
+
+def checkpoints_in(folders: Iterable[Path]) -> Iterator[Path]:
+    """Find checkpoints, whole or not, but no half-written ones under a temporary name.
+
+    Args:
+        folders: Where to look, in subfolders too.
+
+    Yields:
+        Their paths.
+    """
+    for folder in folders:
+        for path in folder.rglob("*.ckpt"):
+            if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+                yield path
 
 
 def _newest_whole(folder: Path) -> tuple[str | None, list[str]]:
-    found = [path for path in (folder / FOLDER).glob("*.ckpt") if not path.name.startswith(".")]
+    found = list(checkpoints_in([folder / FOLDER]))
     # as Lightning does it, the newest of last.ckpt, last-v1.ckpt, …; then all others
     found.sort(key=lambda p: (p.name.startswith("last"), p.lstat().st_mtime_ns), reverse=True)
     passed = []
     for path in found:
-        wrong = damage(path)
+        wrong = unfit(path)
         if wrong is None:
             if path.name == PREVIOUS and folder / FOLDER / LAST not in found:
                 passed.append(f"{path.with_name(LAST)} is missing")  # killed while it was renamed
@@ -77,10 +97,10 @@ def _newest_whole(folder: Path) -> tuple[str | None, list[str]]:
     return None, []
 
 
-def damage(path: Path) -> str | None:
-    """Tell what is wrong with a checkpoint's bytes.
+def unfit(path: Path) -> str | None:
+    """Tell why no fit can go on from a file: it is damaged, or no checkpoint of Lightning's.
 
-    Reads all of them, since torch does not compare checksums: it loads a file with flipped bits.
+    Reads all of it, since torch does not compare checksums: it loads a file with flipped bits.
     And lets torch open it, whose reader minds bytes that Python's does not.
 
     Args:
@@ -97,12 +117,14 @@ def damage(path: Path) -> str | None:
             bad = archive.testzip()
         if bad is not None:
             return f"is damaged (wrong checksum of {bad})"
-        with contextlib.suppress(pickle.UnpicklingError):  # whole, with more than weights in it
-            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:  # whole, with more than weights in it
+        return None
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
     except Exception as error:  # a flipped bit can lead both readers anywhere
         if isinstance(error, MemoryError) or _NO_MAPPING in str(error):
             return None  # says nothing of the file
         return f"is truncated or no checkpoint ({str(error).partition(chr(10))[0]})"
-    return None
+    found = set(content) if isinstance(content, dict) else set()
+    return None if found >= _OF_LIGHTNING else "is no Lightning checkpoint"

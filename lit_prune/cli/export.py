@@ -50,7 +50,7 @@ def export_run(
         pretrained: The dense model, if it is not any more where the run found it.
         trust_remote_code: Let code from the dense model's repository run.
     """
-    target, folder = Path(out), Path(run)
+    target, folder = Path(out).expanduser(), Path(run).expanduser()
     if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise UserError(f"expected a new folder as --out, got {out}, which exists; choose another")
     options = model_options(folder)

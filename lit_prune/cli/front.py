@@ -18,12 +18,16 @@ COMMANDS = {
     "predict": "run a model on the prediction text",
     "inspect": "list what can be cut from a model and what that would save; needs no weights",
     "export": "write the checkpoint of an interrupted or finished run",
+    "evaluate": "measure perplexity, tasks, cost and speed of a model beside the dense one",
+    "compare": "put runs and checkpoints side by side",
     "prune-streaming": "prune a model larger than memory, layer by layer from files to files",
 }
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 _FUNCTIONS = {
     "inspect": ("lit_prune.cli.inspect", "inspect_model"),
     "export": ("lit_prune.cli.export", "export_run"),
+    "evaluate": ("lit_prune.cli.evaluate", "evaluate_model"),
+    "compare": ("lit_prune.cli.compare", "compare_models"),
 }
 _HELP = """\
 usage: lit-prune COMMAND [options]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from lit_prune.cli.guard import guarded
 
@@ -31,24 +32,11 @@ def run_command(module: str, function: str, argv: Sequence[str], name: str) -> i
     return guarded(action)
 
 
-def run_function(function: Callable[..., Any], argv: Sequence[str], name: str) -> int:
-    """Run a function as a command, see `call_function`.
-
-    Args:
-        function: The function; what it returns is ignored.
-        argv: The arguments.
-        name: The command's name.
-
-    Returns:
-        The exit code.
-    """
-    return guarded(lambda: call_function(function, argv, name))
-
-
 def call_function(function: Callable[..., Any], argv: Sequence[str], name: str) -> Any:
     """Call a function with arguments parsed by its signature.
 
-    Parameters without a default are positional on the command line unless they are keyword-only.
+    Parameters without a default are positional on the command line unless they are keyword-only;
+    a list, which can only be the first, takes all words before the options.
     One that is False by default may be given without a value.
 
     Args:
@@ -75,9 +63,17 @@ def call_function(function: Callable[..., Any], argv: Sequence[str], name: str) 
             function, as_group=False, as_positional=positional, skip=others
         )
     switches = {f"--{p.name}" for p in parameters if p.default is False}
+    if positionals and get_origin(get_type_hints(function)[parameters[0].name]) is list:
+        argv = _gathered(argv)
     config = parser.parse_args(_switched(argv, switches))
     values = parser.instantiate(config)
     return function(**{parameter.name: values[parameter.name] for parameter in parameters})
+
+
+def _gathered(argv: Sequence[str]) -> list[str]:
+    """Make one value of the words before the first option, as a list in JSON."""
+    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    return [*([json.dumps(argv[:count])] if count else []), *argv[count:]]
 
 
 def _switched(argv: Sequence[str], switches: set[str]) -> list[str]:

@@ -128,7 +128,7 @@ def user_message(error: BaseException) -> str | None:
     Returns:
         The message, or None for a bug.
     """
-    for link in _causes(error):
+    for link in causes(error):
         if isinstance(link, UserError):
             return str(link)
         # By name: this module must not import Lightning.
@@ -140,7 +140,15 @@ def user_message(error: BaseException) -> str | None:
     return None
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Go from an exception to those that it was raised from.
+
+    Args:
+        error: The exception.
+
+    Yields:
+        It, and its causes.
+    """
     while error is not None:
         yield error
         error = error.__cause__
@@ -173,7 +181,7 @@ def _connection_lost(error: BaseException) -> bool:
     return any(
         any(base.__name__ in _LOST_TYPES for base in type(link).__mro__)
         or any(text in str(link) for text in _LOST_TEXTS)
-        for link in _causes(error)
+        for link in causes(error)
     )
 
 

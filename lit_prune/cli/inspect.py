@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_text
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,12 +13,9 @@ from rich.table import Table
 from lit_prune.allocation import uniform
 from lit_prune.errors import UserError
 from lit_prune.evaluation.sizes import axis_sizes, expected, reachable, totals
-from lit_prune.export.load import build_pruned
-from lit_prune.pretrained import load_config, resolve
-from lit_prune.source_errors import said_in_one_line
-from lit_prune.structure import Structure, Widths
+from lit_prune.evaluation.skeleton import skeleton
+from lit_prune.structure import Structure
 from lit_prune.structure.counting import unique_labels
-from lit_prune.structure.families import find_family
 from lit_prune.structure.layout import ranges
 from lit_prune.structure.limits import require_axes, require_stock
 
@@ -69,15 +65,15 @@ def inspect_model(
     """
     if length < 1:
         raise UserError(f"expected a length of at least 1, got {length}")
-    structure, skeleton = _read(model, {"trust_remote_code": trust_remote_code, "token": token})
-    skeleton.to(_dtype(dtype, skeleton.config))
+    structure, empty = _read(model, {"trust_remote_code": trust_remote_code, "token": token})
+    empty.to(_dtype(dtype, empty.config))
     found: dict[str, Any] = {
         "model": model,
-        "model_type": skeleton.config.model_type,
-        "dtype": str(skeleton.dtype).removeprefix("torch."),
+        "model_type": empty.config.model_type,
+        "dtype": str(empty.dtype).removeprefix("torch."),
         "length": length,
-        "axes": axis_sizes(skeleton, structure, length),
-        "totals": totals(skeleton, structure, length),
+        "axes": axis_sizes(empty, structure, length),
+        "totals": totals(empty, structure, length),
     }
     if sparsity is not None:
         options = {"protected_layers": list(protected_layers), "stock": stock}
@@ -85,7 +81,7 @@ def inspect_model(
             "method": method,
             "axes": list(axes),
             **options,
-            **_cut(skeleton, structure, sparsity, axes, length, **options),
+            **_cut(empty, structure, sparsity, axes, length, **options),
         }
     if json:
         print(json_text.dumps(found, indent=2))
@@ -95,18 +91,8 @@ def inspect_model(
 
 
 def _read(source: str, access: Mapping[str, bool]) -> tuple[Structure, Any]:
-    """A model's structure, and the model on meta."""
     try:
-        config = load_config(source, **access)
-        find_family(config)
-        place = resolve(source)
-        with said_in_one_line(source):
-            if not place.pruned:
-                return Structure.of_config(config)
-            widths = config.lit_prune["layout"]["widths"]
-            with torch.device("meta"):
-                model = build_pruned(Path(place.place))
-            return Structure.of(model, Widths(widths["shared"], widths["layers"])), model
+        return skeleton(source, access)
     except UserError as error:  # this command has the options without a group
         raise UserError(str(error).replace("--model.", "--")) from error
 

@@ -7,7 +7,6 @@ import pickle
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -18,17 +17,14 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 import lit_prune
-from lit_prune.cli.checkpoints import FOLDER, find_checkpoint
-from lit_prune.cli.guard import is_rank_zero, say
+from lit_prune.cli.checkpoints import FOLDER
+from lit_prune.cli.guard import causes, is_rank_zero, say
+from lit_prune.cli.options import check_numbers, find_for_reading, list_callbacks, set_sparsity
 from lit_prune.cli.parser import OneLineErrors
 from lit_prune.cli.results import print_metrics, print_predictions
 from lit_prune.cli.runfolder import RunFolder
-from lit_prune.cli.runlog import KeepMetrics, RunLog
-from lit_prune.cli.saving import (
-    AtomicCheckpointIO,
-    RunConfigCallback,
-    add_checkpoints,
-)
+from lit_prune.cli.runlog import Board, KeepMetrics, RunLog
+from lit_prune.cli.saving import AtomicCheckpointIO, RunConfigCallback, add_checkpoints
 from lit_prune.errors import UserError
 from lit_prune.refit import STRATEGIES, check_strategy
 
@@ -113,7 +109,10 @@ class PruneCLI(LightningCLI):
             super().parse_arguments(parser, args)
         command = self.config.subcommand
         config = self.config[command]
-        _check_numbers(config)
+        check_numbers(config)
+        list_callbacks(config)
+        if config.get("weights_only", True) is None:
+            config.weights_only = True  # else Lightning may decide to unpickle whatever is there
         if command == "fit":
             if config.no_recovery:
                 config.trainer.max_steps = 0
@@ -128,9 +127,25 @@ class PruneCLI(LightningCLI):
             )
             config.ckpt_path = self.folder.ckpt_path
         else:
-            _find_for_reading(config)
+            find_for_reading(config)
             if config.trainer.limit_val_batches == 0:  # of a fit, which validates by itself
                 config.trainer.limit_val_batches = None
+
+    def instantiate_classes(self) -> None:
+        """Make everything that the configuration names.
+
+        Raises:
+            UserError: What a part of it needs is not installed, as for most loggers.
+        """
+        try:
+            super().instantiate_classes()
+        except (ImportError, ValueError) as error:  # the second is jsonargparse's, made of others
+            found = [link for link in causes(error) if isinstance(link, ImportError)]
+            if not found or (found[0].name or "").startswith("lit_prune"):
+                raise
+            raise UserError(
+                f"expected what the configuration needs to be installed: {found[0]}"
+            ) from error
 
     def _parse_ckpt_path(self) -> None:
         path = self.config[self.config.subcommand].get("ckpt_path")
@@ -145,20 +160,10 @@ class PruneCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         fits = self.subcommand == "fit"
         root = Path(config["default_root_dir"]).expanduser()
-        given = config.get("callbacks") or []
-        config["callbacks"] = given if isinstance(given, list) else [given]
+        config["callbacks"] = self._callbacks(config)
         if config.get("logger") in (None, True):
-            config["logger"] = log = RunLog(root) if fits else False
-            config["callbacks"] += [KeepMetrics(log)] if log else []
-        if config.get("max_steps") == 0:
-            config["callbacks"] = [
-                callback
-                for callback in config["callbacks"]
-                if not getattr(callback, "is_recovery", False)
-            ]
-            if fits and self.config["fit"].no_recovery:
-                steps = [getattr(callback, "last_step", 0) for callback in config["callbacks"]]
-                config["max_steps"] = max(steps, default=0)  # some train before they cut
+            config["logger"] = logs = [RunLog(root), Board(root)] if fits else False
+            config["callbacks"] += [KeepMetrics(*logs)] if logs else []
         if fits:
             add_checkpoints(config, root / FOLDER)
             if config["strategy"] in StrategyRegistry:  # before what it needs is asked for
@@ -180,6 +185,33 @@ class PruneCLI(LightningCLI):
         if isinstance(strategy, STRATEGIES) and type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
+
+    def _callbacks(self, config: dict[str, Any]) -> list[Callback]:
+        """Those of the configuration, without recovery where nothing is trained after the cut."""
+        given = config.get("callbacks") or []
+        if config.get("max_steps") != 0:
+            return given
+        kept = [callback for callback in given if not getattr(callback, "is_recovery", False)]
+        if self.subcommand == "fit" and self.config["fit"].no_recovery:
+            # some train before they cut
+            steps = max((getattr(callback, "last_step", 0) for callback in kept), default=0)
+            config["max_steps"] = steps
+            if steps:
+                self._note_without_recovery(given, steps)
+        return kept
+
+    def _note_without_recovery(self, callbacks: list[Callback], steps: int) -> None:
+        """Have the configuration that is written say what `--no-recovery` comes to.
+
+        With steps in it recovery is not left out any more, as it is with none.
+        """
+        options = self.config["fit"].trainer
+        options.callbacks = [
+            item
+            for item, callback in zip(options.callbacks, callbacks, strict=True)
+            if not getattr(callback, "is_recovery", False)
+        ]
+        options.max_steps = steps
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self.folder is None:
@@ -231,56 +263,6 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
 
 
-def _check_numbers(config: Any) -> None:
-    """Refuse what the libraries answer with a traceback."""
-    seed, accumulated = config.seed_everything, config.trainer.accumulate_grad_batches
-    if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed < 2**32:
-        raise UserError(f"expected --seed_everything from 0 to {2**32 - 1}, got {seed}")
-    if accumulated < 1:
-        raise UserError(
-            f"expected --trainer.accumulate_grad_batches of at least 1, got {accumulated}"
-        )
-
-
 def _protocol(data: Any, role: str) -> dict[str, Any]:
     """What was measured on, from a data module that can tell."""
     return data.protocol(role) if hasattr(data, "protocol") else {}
-
-
-def _find_for_reading(config: Any) -> None:
-    """Resolve the checkpoint that validate, test or predict shall read."""
-    folder, wanted = Path(config.trainer.default_root_dir), config.ckpt_path
-    config.ckpt_path, passed = find_checkpoint(folder, wanted)
-    if passed:
-        say(f"{'; '.join(passed)}: reading {config.ckpt_path}")
-    if wanted and not config.ckpt_path:
-        raise UserError(
-            f"expected {folder}/checkpoints/last.ckpt, which does not exist: name the run's folder "
-            "with --trainer.default_root_dir"
-        )
-
-
-def set_sparsity(config: Any) -> None:
-    """Hand the shorthand's value to the pruning callback.
-
-    Args:
-        config: The parsed arguments of a command.
-
-    Raises:
-        UserError: There is none, or more than one, or its sparsity would not count.
-    """
-    callbacks = config.trainer.callbacks or []
-    targets = [item for item in callbacks if "sparsity" in (item.get("init_args") or {})]
-    if len(targets) != 1:
-        raise UserError(
-            f"expected one callback that takes a sparsity, got {len(targets)}; name a "
-            "configuration that prunes, such as --config fasp, before --sparsity"
-        )
-    owner: Any = locate(targets[0].class_path)
-    instead = getattr(owner, "instead_of_sparsity", lambda options: None)(targets[0].init_args)
-    if instead is not None:
-        raise UserError(
-            f"expected --sparsity or {instead}, which says how much goes in its place, got both; "
-            f"leave out --sparsity or set {instead} to null"
-        )
-    targets[0].init_args.sparsity = config.sparsity

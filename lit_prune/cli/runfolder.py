@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from lit_prune.cli.checkpoints import DAMAGED, FOLDER, LAST, damage, find_checkpoint
+from lit_prune.cli.checkpoints import (
+    DAMAGED,
+    FOLDER,
+    LAST,
+    checkpoints_in,
+    find_checkpoint,
+    unfit,
+)
 from lit_prune.cli.guard import is_rank_zero, say
 from lit_prune.errors import UserError
+from lit_prune.files import clear_leftovers
 
-RUN_ENTRIES = ("config.yaml", "checkpoints", "pruned", "report.json", "logs", "adapter")
+RUN_ENTRIES = (
+    *("config.yaml", "checkpoints", "pruned", "adapter"),
+    *("report.json", "report.html", "evaluation.json", "logs"),
+)
 ASIDE = ".replaced-"
 CONFIG_MARK = "lit_prune=="
 LINEAGE_FILE = "lit_prune.json"  # as in lit_prune.export, which is not imported for its name
+_OLD = re.compile(r"\.old-\d+$")
 
 
 class RunFolder:
@@ -46,7 +60,7 @@ class RunFolder:
         self.acts = is_rank_zero()
         self._replace = overwrite
         self._aside: Path | None = None
-        self._made: Path | None = None
+        self._made: list[Path] = []
         if ckpt_path is not None and overwrite:
             raise UserError(
                 "expected --overwrite or --ckpt_path, got both: leave out one of them, since one "
@@ -68,7 +82,7 @@ class RunFolder:
             if self._replace and self._entries():
                 self._move_aside()
             elif self.ckpt_path is not None:
-                self._tidy_checkpoints()
+                self._tidy()
         except OSError as error:
             self._restore()
             raise UserError(
@@ -87,14 +101,14 @@ class RunFolder:
         if self.acts:
             if kind is None:
                 self._drop_replaced()
-            elif not worth_keeping(self.path):
+            elif not worth_keeping(self.path, but=self._before):
                 self._restore()
         return False
 
     def _checkpoint(self, wanted: str | None) -> tuple[str | None, list[str]]:
         found, passed = find_checkpoint(self.path, wanted)
         if wanted == "last" and found is None:
-            if worth_keeping(self.path):
+            if self._entries() and worth_keeping(self.path):
                 raise UserError(
                     f"expected {self.path}/checkpoints/last.ckpt to go on from, but {self.path} "
                     "has results without it: give --ckpt_path a file, or --overwrite to start anew"
@@ -106,17 +120,19 @@ class RunFolder:
             say(f"{'; '.join(passed)}: going on from {found}")
         return found, passed
 
-    def _tidy_checkpoints(self) -> None:
+    def _tidy(self) -> None:
         """Remove what a kill left half-written, and put a damaged checkpoint out of the way."""
+        for name in RUN_ENTRIES:
+            clear_leftovers(self.path / name)
         folder = self.path / FOLDER
-        for path in folder.glob(".*.ckpt.tmp*"):
+        for path in folder.rglob(".*.ckpt.tmp*"):
             _remove(path)
         last = folder / LAST
         if last.is_dir() or not os.path.lexists(last):
             return
         if last.resolve() == Path(self.ckpt_path or "").resolve():
             return  # found to be whole
-        wrong = damage(last)
+        wrong = unfit(last)
         if wrong is not None:
             aside = folder / f"{LAST}{DAMAGED}"
             last.replace(aside)
@@ -149,10 +165,7 @@ class RunFolder:
             probe.mkdir()
             probe.rmdir()
             return
-        top = self.path
-        while not top.parent.exists():
-            top = top.parent
-        self._made = top  # all that lies in it is this run's
+        self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         self.path.mkdir(parents=True)
 
     def _move_aside(self) -> None:
@@ -165,9 +178,6 @@ class RunFolder:
             (self.path / name).rename(self._aside / name)
 
     def _restore(self) -> None:
-        if self._made is not None:
-            shutil.rmtree(self._made, ignore_errors=True)
-            return
         moved = set(_names(self._aside)) if self._aside else set()
         for name in self._entries():
             path = self.path / name
@@ -178,6 +188,9 @@ class RunFolder:
                 (self._aside / name).rename(self.path / name)
             with contextlib.suppress(OSError):
                 self._aside.rmdir()
+        for path in self._made:
+            with contextlib.suppress(OSError):  # others may have put something there
+                path.rmdir()
 
     def _drop_replaced(self) -> None:
         for name in _names(self.path):
@@ -192,8 +205,8 @@ def is_run_entry(name: str) -> bool:
         name: The name of a file or folder.
 
     Returns:
-        True for the entries of a run, their temporary names (`.pruned.…`, `report.json.…`) and runs
-        moved aside.
+        True for the entries of a run, their temporary names (`.pruned.…`, `report.json.…`), what is
+        moved aside while one is replaced (`pruned.old-7`), and runs moved aside.
     """
     bare = name.removeprefix(".")
     temporary = any(
@@ -202,20 +215,25 @@ def is_run_entry(name: str) -> bool:
     return (
         name in RUN_ENTRIES
         or name.startswith(ASIDE)
-        or (temporary and (name.startswith(".") or ".tmp" in name))
+        or (temporary and (name.startswith(".") or ".tmp" in name or bool(_OLD.search(name))))
     )
 
 
-def worth_keeping(path: Path) -> bool:
+def worth_keeping(path: Path, but: Collection[str] = ()) -> bool:
     """Tell whether a run left something that can be used.
 
     Args:
         path: The run's folder.
+        but: Names in it that are not looked at unless they are a run's.
 
     Returns:
-        True if it has a checkpoint or a pruned model.
+        True if it has a checkpoint, wherever in the folder, or a pruned model.
     """
-    return any((path / "checkpoints").glob("*.ckpt")) or bool(_names(path / "pruned"))
+    names = [name for name in _names(path) if is_run_entry(name) or name not in but]
+    looked_at = [path / name for name in names if not name.startswith(".")]
+    exports = [folder for folder in looked_at if _OLD.sub("", folder.name) == "pruned"]
+    saved = any(path.suffix == ".ckpt" for path in looked_at) or any(checkpoints_in(looked_at))
+    return saved or any(map(_names, exports))
 
 
 def _is_ours(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The table of metrics of a run, which goes on where a resumed fit does."""
+"""The metrics of a run, as a table and for TensorBoard, which go on where a resumed fit does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, cast
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -94,15 +94,56 @@ class RunLog(CSVLogger):
         return self._experiment
 
 
-class KeepMetrics(Callback):
-    """Cuts a log back to the checkpoint that a fit goes on from.
+class Board(TensorBoardLogger):
+    """The same for TensorBoard, beside the table.
 
     Args:
-        log: The log.
+        folder: The run's folder.
     """
 
-    def __init__(self, log: RunLog) -> None:
-        self.log_of_run = log
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, name="logs", version=0)
+        self._begun = False
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer, opened by what is logged; Lightning asks before it reads a checkpoint."""
+        return super().experiment if self._begun else None
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Write values of a step."""
+        self._begun = True
+        super().log_metrics(metrics, step)
+
+    def save(self) -> None:
+        """Flush the writer, if there is one."""
+        if self._begun:
+            super().save()
+
+    def finalize(self, status: str) -> None:
+        """Close the writer, if there is one."""
+        if self._begun:
+            super().finalize(status)
+
+    def go_on_from(self, step: int) -> None:
+        """Have TensorBoard hide what was logged at this step and after it."""
+        self._kwargs["purge_step"] = step
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Leave them to the table, which lies in the same folder."""
+
+
+class KeepMetrics(Callback):
+    """Cuts logs back to the checkpoint that a fit goes on from.
+
+    Args:
+        log: The table.
+        board: The log for TensorBoard.
+    """
+
+    def __init__(self, log: RunLog, board: Board) -> None:
+        self.log_of_run, self.board = log, board
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
@@ -136,6 +177,7 @@ class KeepMetrics(Callback):
         """
         if "metrics_rows" not in checkpoint:  # not made by this command
             return
+        self.board.go_on_from(checkpoint["global_step"])
         rows, last = checkpoint["metrics_rows"], checkpoint["metrics_row"]
         self.log_of_run.experiment.cut_back(rows, last)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
+import torch.distributed as dist
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -69,7 +70,7 @@ class RunConfigCallback(SaveConfigCallback):
     """Writes `config.yaml` into the run's folder when a fit starts.
 
     The stock callback aborts where the file exists, which it does on every resume. This one refuses
-    to go on from a checkpoint without the callback that cuts.
+    to go on from a checkpoint without the callback that cuts, or on some processes only.
     """
 
     def __init__(
@@ -84,8 +85,14 @@ class RunConfigCallback(SaveConfigCallback):
         super().__init__(parser, config, config_filename, overwrite, multifile, save_to_log_dir)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file, in a fit only."""
+        """Write the file, in a fit only.
+
+        Raises:
+            UserError: Processes start from different checkpoints.
+        """
         if stage == "fit":
+            # the trainer learns of its own path after this
+            _require_same_start(self.config.ckpt_path, trainer.world_size)
             super().setup(trainer, pl_module, stage)
 
     def on_load_checkpoint(
@@ -117,6 +124,20 @@ class RunConfigCallback(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / self.config_filename) as file:
             file.write(text.encode())
+
+
+def _require_same_start(path: str | None, processes: int) -> None:
+    """Compare the checkpoints' names; their folders may be mounted under different ones."""
+    if processes == 1:
+        return
+    found: list[Any] = [None] * processes
+    dist.all_gather_object(found, None if path is None else Path(path).name)
+    if len(set(found)) > 1:
+        told = ", ".join(f"{name or 'none'} on rank {rank}" for rank, name in enumerate(found))
+        raise UserError(
+            f"expected all processes to start from the same checkpoint, got {told}: give "
+            "--trainer.default_root_dir a folder that all nodes share"
+        )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_prune.cli.guard import say
-from lit_prune.cli.main import PruneArgumentParser, quiet, set_sparsity
+from lit_prune.cli.main import PruneArgumentParser, quiet
+from lit_prune.cli.options import list_callbacks, set_sparsity
 from lit_prune.data import TextDataModule
 from lit_prune.errors import UserError
 from lit_prune.module import PrunableLM
@@ -79,12 +80,12 @@ class StreamingCLI(LightningCLI):
                 )
         if self.config.stock:
             self.config.model.stock = True
+        list_callbacks(self.config)
         if self.config.sparsity is not None:
             set_sparsity(self.config)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        given = config.get("callbacks") or []
-        self.callbacks = given if isinstance(given, list) else [given]
+        self.callbacks = config.get("callbacks") or []
         return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
 
     def pruning(self) -> PruningCallback:
@@ -116,8 +117,9 @@ def run_streaming(args: Sequence[str]) -> None:
     """
     quiet()
     cli = StreamingCLI(args)
-    found = prune_streaming(cli.model, cli.pruning(), cli.datamodule, cli.config.out)
-    _print(found, Path(cli.config.out))
+    out = Path(cli.config.out).expanduser()
+    found = prune_streaming(cli.model, cli.pruning(), cli.datamodule, out)
+    _print(found, out)
 
 
 def _print(found: Mapping[str, Any], out: Path) -> None:

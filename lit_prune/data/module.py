@@ -16,6 +16,7 @@ from lit_prune.data.tokens import Tokens, check_vocabulary, load_tokenizer, toke
 from lit_prune.data.windows import (
     Batch,
     Collate,
+    EvenData,
     Parts,
     TextDataset,
     cut,
@@ -90,6 +91,8 @@ class TextDataModule(LightningDataModule):
         _at_least(2, length=length, window=window)
         _at_least(1, batch_size=batch_size)
         _at_least(0, seed=seed, num_workers=num_workers)
+        if seed >= 2**32:  # with epoch or turn it must fit into a generator's 64 bits
+            raise UserError(f"expected seed below {2**32}, got {seed}")
         if validation_tokens is not None:
             _at_least(window, validation_tokens=validation_tokens)
         if not 0 <= calibration_share < 1:
@@ -241,16 +244,19 @@ class TextDataModule(LightningDataModule):
         return loader
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Returns the validation windows in order, one a batch."""
-        return self._evaluation_loader("validation")
+        """Returns the validation windows in order, one a batch.
+
+        Where several processes share them, windows with no labels even out their numbers.
+        """
+        return self._evaluation_loader("validation", self._rank()[1])
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Returns the test windows in order, one a batch."""
-        return self._evaluation_loader("test")
+        """Returns the test windows in order, one a batch; see `val_dataloader`."""
+        return self._evaluation_loader("test", self._rank()[1])
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Returns the validation windows in order, one a batch."""
-        return self._evaluation_loader("validation")
+        return self._evaluation_loader("validation", 1)  # which Lightning never repeats
 
     def protocol(self, role: Literal["validation", "test"] = "validation") -> dict[str, Any]:
         """Says what perplexity is measured on.
@@ -306,10 +312,10 @@ class TextDataModule(LightningDataModule):
             split = f"last {100 * self.validation_share:g} % of the training text"
         return text.name, data, split
 
-    def _evaluation_loader(self, role: Role) -> DataLoader[Batch]:
+    def _evaluation_loader(self, role: Role, processes: int) -> DataLoader[Batch]:
         _, data, _ = self._held_out(role)
         return DataLoader(
-            data,
+            EvenData(data, processes),
             batch_size=1,
             num_workers=self.num_workers,
             collate_fn=self._collate(),

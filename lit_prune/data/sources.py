@@ -77,6 +77,8 @@ def locate(source: str) -> Location:
     Raises:
         UserError: No such file or embedded text, or a suffix that is not read.
     """
+    if not source.strip():  # which as a path would be the present folder
+        raise UserError("expected a file, a folder or the name of a text, got an empty word")
     bare = source.removeprefix(_EMBEDDED_PREFIX)
     if bare in EMBEDDED:
         if bare == "sotu":

@@ -274,7 +274,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     path = Path(source).expanduser()
-    options = {}
+    options: dict[str, Any] = {"trust_remote_code": False}  # by default it asks on stdin
     if path.suffix.lower() == ".gguf":
         options["gguf_file"] = path.name
         path = path.parent

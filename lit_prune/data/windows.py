@@ -118,6 +118,33 @@ class RowDataset(Dataset[Batch]):
 TextDataset = WindowDataset | RowDataset
 
 
+class EvenData(Dataset[Batch]):
+    """A data set that processes can share evenly: rows that count for nothing are added to it.
+
+    Lightning hands each process its share, and would otherwise give some rows twice, which would
+    then count twice. All processes need the same number, since forward passes may wait for
+    each other.
+
+    Args:
+        data: The data set, not empty.
+        processes: How many share it.
+    """
+
+    def __init__(self, data: TextDataset, processes: int) -> None:
+        self.data = data
+        self.missing = -len(data) % processes
+
+    def __len__(self) -> int:
+        return len(self.data) + self.missing
+
+    def __getitem__(self, index: int) -> Batch:
+        """Returns row `index` of the data, or behind its end one of which no token is predicted."""
+        if not len(self.data) <= index < len(self):
+            return self.data[index]
+        first = self.data[0]
+        return {**first, "labels": torch.full_like(first["labels"], IGNORED)}
+
+
 def cut(tokens: Tokens, span: range, length: int, limit: int | None = None) -> TextDataset:
     """Cuts a part into windows, or takes its rows.
 

@@ -135,8 +135,9 @@ class TokenPerplexity(Metric):
             labels: Unshifted labels [batch, length], -100 = ignored.
         """
         nll = token_nll(logits.detach(), labels)
-        self.total += nll.double().sum()
-        self.count += nll.numel()
+        # not in place: states that were made under inference mode can't be changed outside it
+        self.total = self.total + nll.double().sum()
+        self.count = self.count + nll.numel()
 
     def compute(self) -> Tensor:
         """Perplexity so far [], float64."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lit_prune.allocation import Plan
+from lit_prune.modes import evaluating
 from lit_prune.structure import Layout, Structure, Widths, cut, settle
 from lit_prune.structure.counting import count, count_actual, count_macs, unique_labels
 from lit_prune.structure.dims import PER_GROUP
@@ -61,32 +62,48 @@ def totals(model: Any, structure: Structure, length: int) -> dict[str, Any]:
         "parameters": count_actual(model, structure),
         "macs_per_token": count_macs(model, structure, structure.widths, attended(model, length)),
         "weight_bytes": weight_bytes(model),
-        "cache_bytes_per_token": _bytes(cached(model, 1)),
-        "cache_bytes": _bytes(cached(model, length)),
+        "cache_bytes_per_token": cache_bytes(model, 1),
+        "cache_bytes": cache_bytes(model, length),
     }
 
 
-def cached(model: Any, tokens: int) -> list[tuple[Tensor, Tensor]] | None:
-    """Keys and values of each layer after some tokens, found by running them through.
+class Cached(NamedTuple):
+    """What a layer keeps of the tokens before.
+
+    Attributes:
+        token_bytes: Bytes of a token's keys and values.
+        window: Tokens that attention looks at, the present one included; None for all.
+    """
+
+    token_bytes: int
+    window: int | None
+
+
+def cached(model: Any) -> list[Cached] | None:
+    """What each layer keeps, found by running a token through.
 
     Args:
         model: The model; it may be on meta.
-        tokens: How many.
 
     Returns:
-        Keys and values, [1, heads, tokens kept, features], or None where no forward pass can be
-        tried on meta.
+        An entry for each layer, or None where no forward pass can be tried on meta.
     """
     weight = model.get_input_embeddings().weight
-    text = torch.zeros(1, tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    text = torch.zeros(1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             cache = model(inputs_embeds=text, use_cache=True).past_key_values
     except (RuntimeError, NotImplementedError):
         if not weight.is_meta:
             raise
         return None
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    return [
+        Cached(
+            sum(part.numel() * part.element_size() for part in (layer.keys, layer.values)),
+            getattr(layer, "sliding_window", None),
+        )
+        for layer in cache.layers
+    ]
 
 
 def attended(model: Any, length: int) -> int | list[int]:
@@ -99,14 +116,31 @@ def attended(model: Any, length: int) -> int | list[int]:
     Returns:
         A number for each layer, or `length` where it can't be tried.
     """
-    found = cached(model, length - 1) if length > 1 else None
-    return length if found is None else [keys.shape[-2] + 1 for keys, _ in found]
+    found = cached(model)
+    return length if found is None else [within(length, layer.window) for layer in found]
 
 
-def _bytes(cache: list[tuple[Tensor, Tensor]] | None) -> int | None:
-    if cache is None:
+def cache_bytes(model: Any, length: int) -> int | None:
+    """Bytes of keys and values that are kept after some tokens.
+
+    Args:
+        model: The model; it may be on meta.
+        length: Tokens so far.
+
+    Returns:
+        The bytes, or None where it can't be tried.
+    """
+    found = cached(model)
+    if found is None:
         return None
-    return sum(part.numel() * part.element_size() for pair in cache for part in pair)
+    # a window's oldest token is dropped before the next one comes
+    kept = (within(length, layer.window and layer.window - 1) for layer in found)
+    return sum(layer.token_bytes * tokens for layer, tokens in zip(found, kept, strict=True))
+
+
+def within(tokens: int, most: int | None) -> int:
+    """So many tokens, or the most that there may be."""
+    return tokens if most is None else min(tokens, most)
 
 
 def checkpoint_bytes(directory: str | Path) -> int:
@@ -168,7 +202,7 @@ def _first_units(widths: Widths, plan: Plan) -> Layout:
     for layer, sizes in enumerate(widths.layers):
         left = {axis: sizes[axis] - removed[layer] for axis, removed in plan.removed.items()}
         groups = left.get("group", sizes["group"])
-        keep = {axis: torch.arange(number) for axis, number in left.items()}
+        keep = {axis: torch.arange(number, device="cpu") for axis, number in left.items()}
         for axis in keep.keys() & set(PER_GROUP):
             keep[axis] = keep[axis].expand(groups, -1)
         layout = layout.replace_layer(layer, keep)

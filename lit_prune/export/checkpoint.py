@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,9 +85,8 @@ def export_folder(model: Any, out: str | Path) -> Iterator[Path]:
     with folder_errors(out):
         check_destination(out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(out)
-        _check_room(model, out.parent)
         with written_at_once(out) as folder:
+            _check_room(model, out.parent)
             yield folder
 
 
@@ -240,25 +238,13 @@ def check_destination(out: Path) -> None:
         UserError: There is a file, or a folder with other files.
     """
     if out.is_dir():
-        names = {entry.name for entry in out.iterdir()}
-        if names and not names & {LINEAGE_FILE, "config.json"}:
+        if any(out.iterdir()) and not (out / LINEAGE_FILE).is_file():
             raise UserError(
                 f"expected a new folder or an earlier export at {out}, got a folder with "
                 f"other files; choose another one"
             )
     elif out.exists():
         raise UserError(f"expected a folder at {out}, got a file; choose another name")
-
-
-def _clear_leftovers(out: Path) -> None:
-    """Remove what a killed export left beside `out`; put back what it had moved aside."""
-    mine = re.compile(re.escape(out.name) + r"\.(tmp|old)-\d+")
-    for path in sorted(out.parent.iterdir()):
-        if match := mine.fullmatch(path.name):
-            if match[1] == "old" and not out.exists():
-                path.rename(out)
-            else:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_room(model: Any, parent: Path) -> None:

@@ -47,5 +47,21 @@ def widths_summary(layout: Any) -> dict[str, dict[str, Any]]:
     return summary
 
 
+def layer_widths(layout: Any) -> dict[str, dict[str, list[int]]]:
+    """Widths of all axes: axis -> {"dense", "kept"}, each a number for every layer of before.
+
+    A layer that is gone keeps nothing. ``hidden``, which all layers share, has a single number.
+    """
+    before, after = layout.of, layout.widths()
+    left = {unit.source: sizes for unit, sizes in zip(layout.layers, after.layers, strict=True)}
+    widths = {}
+    for axis in ("channel", "group", "query", "value"):
+        dense = [sizes[axis] for sizes in before.layers]
+        kept = [left[layer][axis] if layer in left else 0 for layer in range(len(dense))]
+        widths[axis] = {"dense": dense, "kept": kept}
+    hidden = {"dense": [before.shared["hidden"]], "kept": [after.shared["hidden"]]}
+    return widths | {"hidden": hidden}
+
+
 def _short(values: list[int]) -> int | list[int]:
     return values[0] if len(set(values)) == 1 else values

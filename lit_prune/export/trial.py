@@ -66,9 +66,15 @@ def differences(model: Any, config: Any) -> list[str]:
     Returns:
         The differences in parameter shapes, remembered sizes, per-layer configs, hooks of ours,
         ties and classes, or the reason why no model can be built. Empty: the model is stock.
+
+    Raises:
+        OSError: config.json could not be written, which says nothing of the model.
+        MemoryError: Nor does this.
     """
     try:
         trial = stock_trial(model, config)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # whatever a config class or a model's __init__ refuses with
         first = str(error).strip().splitlines() or [type(error).__name__]
         return [f"the stock class refuses the config: {first[0]}"]

@@ -145,7 +145,7 @@ def _results(report: Mapping[str, Any] | None) -> str:
         return "## Results\n\nNot measured."
     rows = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1)), *table_rows(report)]
     lines = ["## Results", "", *("| " + " | ".join(row) + " |" for row in rows), ""]
-    lines.append(f"Protocol: {_clean(protocol_line(_public(report)))}.")
+    lines.append(f"Protocol: {_clean(protocol_line(public(report)))}.")
     if notes := report.get("warnings"):
         lines += ["", *(f"- Note: {_clean(note)}" for note in notes)]
     return "\n".join(lines)
@@ -181,12 +181,16 @@ def _versions(report: Mapping[str, Any] | None) -> str:
     return "## Versions\n\n" + ", ".join(f"{name} {number}" for name, number in found.items())
 
 
-def _public(value: Any) -> Any:
-    """Nested plain types with local paths cut to their last component."""
+def public(value: Any) -> Any:
+    """Nested plain types with local paths cut to their last component.
+
+    Args:
+        value: Mappings, lists, strings and other scalars.
+    """
     if isinstance(value, Mapping):
-        return {key: _public(part) for key, part in value.items()}
+        return {key: public(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_public(part) for part in value]
+        return [public(part) for part in value]
     if isinstance(value, Path):
         return value.name
     return public_name(value) if isinstance(value, str) and _LOCAL.match(value) else value
@@ -205,7 +209,7 @@ def _inline(value: Any) -> str:
         return "[" + ", ".join(_inline(part) for part in value) + "]"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return _clean(_public(value))
+    return _clean(public(value))
 
 
 def _clean(value: Any) -> str:

@@ -18,8 +18,15 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Report = dict[str, Any]
-MODELS = ("dense", "pruned", "recovered")
-COLUMNS = ("model", "perplexity", "x dense", "parameters", "checkpoint MB", "tokens/s")
+MODELS: tuple[str, ...] = ("dense", "pruned", "recovered")
+COLUMNS: tuple[str, ...] = (
+    "model",
+    "perplexity",
+    "x dense",
+    "parameters",
+    "checkpoint MB",
+    "tokens/s",
+)
 NOT_RUN = "not run"
 _PACKAGES = ("torch", "lightning", "transformers", "peft")
 
@@ -65,6 +72,7 @@ def build_report(
     method: str = "",
     options: Mapping[str, Any] | None = None,
     warnings: Iterable[str] = (),
+    details: Mapping[str, Any] | None = None,
 ) -> Report:
     """Put a report together; strict JSON can hold it.
 
@@ -78,6 +86,7 @@ def build_report(
         method: The pruning method's name.
         options: Its options.
         warnings: What a reader of the numbers should know.
+        details: Further sections by name, such as `layers` and `curves`.
 
     Returns:
         The report as nested dicts of plain types.
@@ -90,6 +99,7 @@ def build_report(
         "models": {name: models[name] for name in MODELS if name in models},
         "seconds": seconds or {},
         "versions": versions(),
+        **(details or {}),
     }
     notes = list(warnings)
     report = {name: _plain(part, name, notes) for name, part in parts.items()}
@@ -115,12 +125,21 @@ def write_report(report: Mapping[str, Any], path: str | Path) -> None:
         path: The file.
     """
     target = Path(path)
-    notes = list(report.get("warnings", ()))
-    plain = {key: _plain(part, key, notes) for key, part in report.items()} | {"warnings": notes}
-    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(as_written(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     target.parent.mkdir(parents=True, exist_ok=True)
     with file_written_at_once(target) as file:
         file.write_text(text, encoding="utf-8")
+
+
+def as_written(report: Mapping[str, Any]) -> Report:
+    """A report as a reader of its file gets it.
+
+    Args:
+        report: The report; what is NaN or infinite becomes None, with a warning.
+    """
+    notes = list(report.get("warnings", ()))
+    plain = {key: _plain(part, key, notes) for key, part in report.items()}
+    return plain | {"warnings": notes}
 
 
 def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -138,11 +157,11 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
         rows.append(
             (
                 name,
-                _number(value, "{:,.2f}"),
-                _number(ratio, "{:.3f}"),
-                _number(entry["parameters"], "{:,}"),
-                _number(None if size is None else size / 1e6, "{:,.1f}"),
-                _number(speed, "{:,.0f}"),
+                number(value, "{:,.2f}"),
+                number(ratio, "{:.3f}"),
+                number(entry["parameters"], "{:,}"),
+                number(None if size is None else size / 1e6, "{:,.1f}"),
+                number(speed, "{:,.0f}"),
             )
         )
     return rows
@@ -166,7 +185,7 @@ def sparsity_line(report: Mapping[str, Any]) -> str:
     """One line with the target and the realised share of removed parameters."""
     sparsity = report["sparsity"]
     target, decoder, total = (
-        _number(sparsity.get(key), "{:.2%}") for key in ("target", "decoder", "total")
+        number(sparsity.get(key), "{:.2%}") for key in ("target", "decoder", "total")
     )
     return f"removed {decoder} of the decoder's parameters (target {target}), {total} of all"
 
@@ -208,6 +227,7 @@ def print_report(
     out_dir: str | Path,
     *,
     stock: bool = True,
+    page: str | Path | None = None,
     console: Console | None = None,
 ) -> None:
     """Print the table, how it was measured, and how to load the result.
@@ -216,6 +236,7 @@ def print_report(
         report: The report.
         out_dir: The run's folder; the checkpoint is its `pruned/`.
         stock: False if the checkpoint needs the modelling file it carries.
+        page: Where the same is to be read with plots.
         console: Where to print; stdout by default.
     """
     from rich.console import Console
@@ -224,18 +245,17 @@ def print_report(
     console.print(render_table(report))
     lines = [protocol_line(report), sparsity_line(report)]
     if seconds := report.get("seconds"):
-        parts = (
-            f"{name.replace('_', ' ')} {_number(s, '{:.1f}')} s" for name, s in seconds.items()
-        )
+        parts = (f"{name.replace('_', ' ')} {number(s, '{:.1f}')} s" for name, s in seconds.items())
         lines.append("time: " + ", ".join(parts))
     lines += [f"note: {note}" for note in report.get("warnings", ())]
+    lines += [] if page is None else [f"report: {page}"]
     lines += ["", "load it in plain transformers:"]
     lines += [load_lines(Path(out_dir) / "pruned", stock=stock)]
     for line in lines:  # soft_wrap: a path that is broken in two can't be copied
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
     """A cell; a number that is missing or not finite is a dash."""
     return "-" if value is None or not math.isfinite(value) else form.format(value)
 

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 Criterion = Literal["fms", "wanda", "magnitude", "gradient"]
+#: Criteria that look at norms of inputs, and those that look at gradients.
+BY_NORMS: tuple[Criterion, ...] = ("fms", "wanda")
+BY_GRADIENT: tuple[Criterion, ...] = ("fms", "gradient")
 
 
 def sensitivity(
-    weight: Tensor, norms: Tensor, gradient: Tensor | None, criterion: Criterion = "fms"
+    weight: Tensor, norms: Tensor | None, gradient: Tensor | None, criterion: Criterion = "fms"
 ) -> Tensor:
     """Sensitivity of each entry of a matrix.
 
@@ -24,7 +27,7 @@ def sensitivity(
     Args:
         weight: W, [rows..., inputs].
         norms: Euclidean norm of each input over the calibration tokens, of a shape that broadcasts
-            to the weight's. The input of a bias is 1.
+            to the weight's. The input of a bias is 1. `magnitude` and `gradient` need none.
         gradient: g, of the weight's shape; `wanda` and `magnitude` need none.
         criterion: What is multiplied.
 
@@ -32,15 +35,19 @@ def sensitivity(
         The weight's shape, float32.
 
     Raises:
-        ValueError: The criterion needs a gradient, and there is none.
+        ValueError: The criterion needs a gradient or norms, and there are none.
     """
-    if criterion in ("wanda", "magnitude"):
+    if criterion not in BY_GRADIENT:
         value = weight.float().abs()
     elif gradient is None:
         raise ValueError(f"expected a gradient for {criterion}, got none")
     else:
         value = gradient.float().abs().mul_(weight.abs())
-    return value.mul_(norms) if criterion in ("fms", "wanda") else value
+    if criterion not in BY_NORMS:
+        return value
+    if norms is None:
+        raise ValueError(f"expected norms for {criterion}, got none")
+    return value.mul_(norms)
 
 
 def coupled(rows: Mapping[str, Tensor], axis: str) -> Tensor:

@@ -19,10 +19,28 @@ def generator_for(device: torch.device | str, *key: int | str) -> torch.Generato
         device: Where it draws; other kinds of devices draw other numbers.
         key: What the numbers are for, such as a seed and a name.
     """
+    return torch.Generator(device).manual_seed(_number(*key))
+
+
+def seed_of(seed: int, turn: int) -> int:
+    """A seed for each turn of what is drawn again and again; that of the first is the seed itself.
+
+    Args:
+        seed: The seed that was asked for.
+        turn: Number of the turn, from 0.
+
+    Returns:
+        A number that no other seed and turn have but by chance.
+    """
+    return _number("turn", seed, turn) if turn else seed
+
+
+def _number(*key: int | str) -> int:
+    """A number of 63 bits for a key."""
     # hashed, as the CPU's generator takes only the lowest 32 bits of a seed; Python's own hash of a
     # string differs between processes
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+    return int.from_bytes(digest, "big") >> 1
 
 
 def random_scores(widths: Widths, axes: Sequence[str], seed: int) -> dict[str, list[Tensor]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -48,16 +47,6 @@ def count_actual(model: nn.Module, structure: Structure, *, decoder: bool = Fals
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def renumbered(labels: Iterable[Label], kept: Sequence[int]) -> list[Label]:
-    """The labels that are left, with their new layer numbers, when only some layers are kept."""
-    numbers = {old: new for new, old in enumerate(kept)}
-    return [
-        label if label.layer is None else replace(label, layer=numbers[label.layer])
-        for label in labels
-        if label.layer is None or label.layer in numbers
-    ]
-
-
 def count_macs(
     model: nn.Module, structure: Structure, widths: Widths, length: int | Sequence[int] = 0
 ) -> Any:
@@ -72,15 +61,30 @@ def count_macs(
         length: Tokens in the context that attention looks at, in each layer where windows differ;
             0 leaves attention scores out.
     """
+    seen = [length] * len(widths.layers) if isinstance(length, int) else length
+    return linear_macs(model, structure, widths) + attention_macs(widths, seen)
+
+
+def linear_macs(model: nn.Module, structure: Structure, widths: Widths) -> Any:
+    """Multiply-accumulates of one token without attention; see `count_macs`."""
     total: Any = 0
     for site in structure.sites(model):
         module = model.get_submodule(site.path)
         if site.line.reads is not None and not isinstance(module, nn.Embedding):
             sizes = widths.sizes(site.layer)
             total = total + site.line.reads.size(sizes) * site.line.writes.size(sizes)
-    for layer in range(len(widths.layers)):
+    return total
+
+
+def attention_macs(widths: Widths, seen: Sequence[int]) -> Any:
+    """Multiply-accumulates of attention's scores, and of mixing values by them.
+
+    Args:
+        widths: Sizes of a model's axes.
+        seen: Tokens that attention looks at, in each layer; of several tokens their sum.
+    """
+    total: Any = 0
+    for layer, tokens in enumerate(seen):
         sizes = widths.sizes(layer)
-        heads = sizes["group"] * sizes["query"]
-        seen = length if isinstance(length, int) else length[layer]
-        total = total + seen * heads * 2 * sizes["head_dim"]
+        total = total + tokens * sizes["group"] * sizes["query"] * 2 * sizes["head_dim"]
     return total

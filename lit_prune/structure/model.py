@@ -90,7 +90,7 @@ class Structure:
     def of_config(cls, config: Any) -> tuple[Structure, nn.Module]:
         """The structure of a config's model, built on meta: no weights are needed or made."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         return cls.of(model), model
 
     def sites(self, model: nn.Module, layer: int | None = None) -> Iterator[Site]:

@@ -122,7 +122,9 @@ def energies(
     paths = [site.path for site in stream_norms(model, structure)]
     device = next(model.parameters()).device
     hidden = structure.widths.shared["hidden"]
-    totals = {path: torch.zeros(hidden, device=device) for path in paths}
+    # not the default dtype, which a bf16-true trainer sets
+    zeros = torch.zeros(hidden, dtype=torch.float32, device=device)
+    totals = {path: zeros.clone() for path in paths}
     tokens: Tensor | None = None
 
     def make_hook(total: Tensor) -> Any:

@@ -6,6 +6,7 @@ Run as a script it is the command line on them.
 from __future__ import annotations
 
 import errno
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Literal
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_prune.cli.guard import guarded
@@ -87,12 +89,39 @@ class Recovery(Callback):
         Path(trainer.default_root_dir, "pruned", "recovery").touch()
 
 
+class Cuts(Callback):
+    """Stands for what trains before it cuts."""
+
+    last_step = 4
+
+
 class Export(Callback):
     """Leaves a result."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         Path(trainer.default_root_dir, "pruned").mkdir(parents=True, exist_ok=True)
         Path(trainer.default_root_dir, "pruned", "model").touch()
+
+
+class Missing(Logger):
+    """Needs what is not installed."""
+
+    def __init__(self) -> None:
+        importlib.import_module("no_such_module")
+
+    @property
+    def name(self) -> None:
+        """Nothing."""
+
+    @property
+    def version(self) -> None:
+        """Nothing."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Nothing."""
+
+    def log_hyperparams(self, params: dict[str, object], *args: object, **kwargs: object) -> None:
+        """Nothing."""
 
 
 def raise_it(what: Raises) -> None:

@@ -287,7 +287,10 @@ def test_a_typo_in_a_process(
     [
         # the checkpoint with optimizer and adapter is larger than the model
         ({"without": ["ExportCheckpoint"]}, "checkpoints/last.ckpt"),
-        ({"trainer": {"enable_checkpointing": False}}, "lit-prune-run/pruned"),
+        (
+            {"without": ["GainLossReport"], "trainer": {"enable_checkpointing": False}},
+            "lit-prune-run/pruned",
+        ),
     ],
 )
 def test_a_full_disk(
@@ -345,6 +348,12 @@ def test_numbers_that_can_not_be(workspace: Workspace, tmp_path: Path, refused: 
     refused(*fit, "--trainer.max_steps", "-5", words="`max_steps` must be a non-negative integer")
     refused(*fit, "--data.batch_size", "0", words="expected batch_size of at least 1, got 0")
     refused(*fit, "--sparsity", "1.5", words="sparsity from 0 to below 1, got 1.5")
+    one = ("--trainer.callbacks=lit_prune.callbacks.FASPPruning", "--sparsity", "1.5")
+    given = ("--model.pretrained", workspace.model, "--data.train", workspace.text)
+    refused("fit", *given, *one, words="sparsity from 0 to below 1, got 1.5")
+    endless = ("--trainer.max_steps", "-1", "--trainer.max_time", "00:00:01:00")
+    refused(*fit, *endless, words="expected --trainer.max_steps or --trainer.max_epochs, got neit")
+    refused(*fit, "--data.train", "", words="or the name of a text, got an empty word")
     spawn = ("--trainer.strategy", "ddp_spawn", "--trainer.devices", "2")
     refused(*fit, *spawn, words="such as ddp, got ddp_spawn")
     for callback, arguments, words in (

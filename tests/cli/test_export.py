@@ -55,6 +55,23 @@ def test_a_finished_run_gives_what_it_gave(
     assert 'from_pretrained("pruned", trust_remote_code=True)' in capsys.readouterr().out
 
 
+def test_a_home_is_found(finished: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(here))
+    shutil.copytree(finished, here / "run")
+    assert main(["export", "~/run", "--out", "~/pruned"]) == 0
+    assert files(here / "pruned") == files(finished / "pruned")
+    assert sorted(path.name for path in here.iterdir()) == ["pruned", "run"]
+
+
+def test_what_a_killed_export_left_is_cleared(finished: Path, here: Path) -> None:
+    for name in ("out.tmp-1", "out.old-1"):
+        (here / name).mkdir()
+        (here / name / "file").touch()
+    assert main(["export", str(finished), "--out", "out", "--merge", "false"]) == 0
+    assert [path.name for path in here.iterdir()] == ["out"]
+    assert sorted(path.name for path in (here / "out").iterdir()) == ["adapter", "base"]
+
+
 def test_a_stock_run_without_recovery(workspace: Workspace, here: Path) -> None:
     assert fit(workspace, here, "--stock", "--no-recovery") == 0
     assert main(["export", "run", "--out", "deep/in/pruned"]) == 0
@@ -159,13 +176,12 @@ def test_a_broken_checkpoint_is_passed_over(
     (run / "checkpoints" / ".last.ckpt.tmp7").write_bytes(content)
     capfd.readouterr()
     assert main(["export", "run", "--out", "pruned"]) == 0
-    lines = capfd.readouterr().err.splitlines()
-    assert lines[0].startswith("lit-prune: run/checkpoints/last.ckpt ")
-    assert sorted(lines) == [
-        "lit-prune: run/checkpoints/empty.ckpt is no whole checkpoint, it is passed over",
-        "lit-prune: run/checkpoints/last.ckpt is no whole checkpoint, it is passed over",
-        "lit-prune: run/checkpoints/other.ckpt is no checkpoint of lit-prune, it is passed over",
+    *lines, taken = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith("lit-prune: run/checkpoints/last.ckpt is truncated")
+    assert [line.split()[1] for line in sorted(lines)] == [
+        f"run/checkpoints/{name}.ckpt" for name in ("empty", "last", "other")
     ]
+    assert taken == "lit-prune: reading run/checkpoints/step=1.ckpt, after step 2"
     assert files(here / "pruned") == files(run / "pruned")
 
 

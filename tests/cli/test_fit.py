@@ -123,6 +123,7 @@ def test_a_fit_through_the_command(
         "config.yaml",
         "logs",
         "pruned",
+        "report.html",
         "report.json",
     }
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]

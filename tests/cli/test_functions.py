@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from lit_prune.cli.functions import call_function, run_command, run_function
+from lit_prune.cli.functions import call_function, run_command
 from lit_prune.errors import UserError
 
 
@@ -50,7 +50,7 @@ def test_required_parameters_are_positional_and_keyword_only_ones_options(
 def test_mistakes_are_one_line(
     argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_function(export, argv, "export") == 2
+    assert run_command(__name__, "export", argv, "export") == 2
     err = capsys.readouterr().err
     assert err.startswith("lit-prune: error: ")
     assert err.count("\n") == 1
@@ -76,7 +76,7 @@ def test_a_switch_may_stand_alone(words: list[str], expected: tuple[object, ...]
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_function(export, ["--help"], "export") == 0
+    assert run_command(__name__, "export", ["--help"], "export") == 0
     out = capsys.readouterr().out
     assert "usage: lit-prune export" in out
     assert "Write a checkpoint." in out

@@ -35,7 +35,9 @@ def run(standin: ModuleType) -> Run:
 
 
 def listing(path: Path) -> set[str]:
-    return {str(child.relative_to(path)) for child in path.rglob("*")}
+    """Names of all files and folders; TensorBoard's without time, host and process."""
+    names = (str(child.relative_to(path)) for child in path.rglob("*"))
+    return {name.partition(".tfevents")[0] for name in names}
 
 
 def boom(what: str, at_step: int = 0) -> list[str]:
@@ -125,11 +127,11 @@ def test_an_error_after_a_checkpoint_keeps_it(run: Run, tmp_path: Path) -> None:
 
 def test_a_failed_overwrite_puts_the_old_run_back(run: Run, tmp_path: Path) -> None:
     assert run("fit") == 0
-    before = {name: (tmp_path / name).stat().st_mtime_ns for name in listing(tmp_path)}
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    before = set(tmp_path.rglob("*"))
     assert run("fit", "--overwrite", *boom("user")) == 2
-    files = [name for name in before if (tmp_path / name).is_file()]
-    assert listing(tmp_path) == set(before)
-    assert all((tmp_path / name).stat().st_mtime_ns == before[name] for name in files)
+    assert set(tmp_path.rglob("*")) == before
+    assert all(path.stat().st_mtime_ns == time for path, time in files.items())
 
 
 def test_an_error_while_the_model_is_made(
@@ -153,6 +155,42 @@ def test_no_recovery_leaves_its_callbacks_out(run: Run, tmp_path: Path, options:
     assert config["trainer"]["max_steps"] == 0
 
 
+def test_the_configuration_of_no_recovery_runs_again(
+    standin: ModuleType, run: Run, tmp_path: Path
+) -> None:
+    """Which takes steps before the cut, but none of recovery's."""
+    callbacks = [f"--trainer.callbacks+=standin.{name}" for name in ("Recovery", "Cuts", "Export")]
+    assert run("fit", *callbacks, "--no-recovery", "--trainer.default_root_dir", "a") == 0
+    again = ["--config", "a/config.yaml", "--trainer.default_root_dir", "b"]
+    assert standin.main(["fit", *again]) == 0
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+        assert checkpoint["global_step"] == 4
+        assert [path.name for path in (folder / "pruned").iterdir()] == ["model"]
+        options = yaml.safe_load((folder / "config.yaml").read_text())["trainer"]
+        assert options["max_steps"] == 4
+        names = [callback["class_path"] for callback in options["callbacks"]]
+        assert names == ["standin.Cuts", "standin.Export"]
+
+
+def test_nothing_is_unpickled_unless_asked_for(run: Run, tmp_path: Path) -> None:
+    assert run("fit") == 0
+    config = yaml.safe_load((tmp_path / "lit-prune-run/config.yaml").read_text())
+    assert config["weights_only"] is True
+
+
+def test_a_home_is_found_by_every_command(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = ["--trainer.default_root_dir", "~/run"]
+    assert run("fit", *folder) == 0
+    assert run("fit", *folder, "--ckpt_path", "~/run/checkpoints/last.ckpt") == 0
+    assert run("validate", *folder, "--ckpt_path", "last") == 0
+    assert run("validate", "--ckpt_path", "~/run/checkpoints/last.ckpt") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_recovery_is_kept_otherwise(run: Run, tmp_path: Path) -> None:
     assert run("fit", "--trainer.callbacks+=standin.Recovery") == 0
     assert "lit-prune-run/pruned/recovery" in listing(tmp_path)
@@ -168,7 +206,15 @@ def test_recovery_is_kept_otherwise(run: Run, tmp_path: Path) -> None:
         (["fit", "--ckpt_path", "none.ckpt"], "got none.ckpt, which does not exist"),
         (["fit", "--ckpt_path", "broken.ckpt"], "got broken.ckpt, which is truncated or no check"),
         (["fit", "--ckpt_path", "other.ckpt"], "got other.ckpt, which is truncated or no check"),
+        (["fit", "--ckpt_path", "weights.ckpt"], "weights.ckpt, which is no Lightning checkpoint"),
+        (["fit", "--ckpt_path", "best"], "got best, which does not exist: give an existing one"),
+        (["validate", "--ckpt_path", "hpc"], "got hpc, which does not exist: give an existing one"),
+        (["fit", "--ckpt_path", "https://x.org/y.ckpt"], "got the address https://x.org/y.ckpt"),
         (["validate", "--ckpt_path", "last"], "last.ckpt, which does not exist"),
+        (["fit", "--trainer.check_val_every_n_epoch", "0"], "check_val_every_n_epoch above 0, got"),
+        (["fit", "--trainer.val_check_interval", "0"], "val_check_interval above 0, got 0"),
+        (["fit", "--trainer.val_check_interval", "0.0"], "val_check_interval above 0, got 0"),
+        (["fit", "--trainer.logger=standin.Missing"], "to be installed: No module named 'no_such"),
         (["fit", "--trainer.callbacks+=standin.Bom"], "has no attribute 'Bom'"),
         (["fit", "--config", "typo.yaml"], "did you mean trainer.max_steps?"),
         (["fit", "--trainer.accelerator", "gpuu"], "gpuu"),
@@ -179,6 +225,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     (tmp_path / "broken.ckpt").write_bytes(b"PK\x03\x04 half a file")
     (tmp_path / "other.ckpt").write_bytes(b"PK\5\6" + bytes(18))  # an archive, of something else
+    torch.save({"weight": torch.ones(2)}, tmp_path / "weights.ckpt")
     (tmp_path / "typo.yaml").write_text("trainer:\n  max_stps: 3\n")
     before = listing(tmp_path)
     assert run(*args) == 2

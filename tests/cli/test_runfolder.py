@@ -43,7 +43,8 @@ def write(folder: Path, *names: str, text: str = "old") -> None:
 def whole(text: str) -> str:
     """The bytes of a checkpoint that holds a text."""
     file = io.BytesIO()
-    torch.save({"text": text}, file)
+    content = {"state_dict": {}, "global_step": 1, "pytorch-lightning_version": "2.6.6"}
+    torch.save({"text": text, **content}, file)
     return file.getvalue().decode("latin-1")
 
 
@@ -79,8 +80,27 @@ def test_takes_a_folder_with_other_things(tmp_path: Path) -> None:
 
 
 def test_a_failed_run_removes_the_folders_it_made(tmp_path: Path) -> None:
-    fail(tmp_path / "a" / "b", "config.yaml", "logs/version_0/metrics.csv", "anything")
+    fail(tmp_path / "a" / "b", "config.yaml", "logs/version_0/metrics.csv")
     assert listing(tmp_path) == {}
+
+
+def test_a_failed_run_leaves_its_neighbours_alone(tmp_path: Path) -> None:
+    """Runs that started together each find out who made the folder above them."""
+    first, second = RunFolder(tmp_path / "runs/a"), RunFolder(tmp_path / "runs/deep/b")
+    with second:
+        with pytest.raises(ZeroDivisionError), first:
+            raise ZeroDivisionError
+        write(second.path, "config.yaml")
+    fail(tmp_path / "runs/deep/c", "config.yaml")
+    assert set(listing(tmp_path)) == {"runs", "runs/deep", "runs/deep/b", "runs/deep/b/config.yaml"}
+
+
+def test_a_failed_run_leaves_what_came_into_folders_that_it_made(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    fail(runs / "a", "config.yaml", "mine.txt", "../b/checkpoints/last.ckpt")
+    assert {name for name, content in listing(runs).items() if content is not None} == {
+        *("a/mine.txt", "b/checkpoints/last.ckpt"),
+    }
 
 
 def test_a_failed_run_leaves_a_folder_as_it_was(tmp_path: Path) -> None:
@@ -103,10 +123,44 @@ def test_never_touches_what_is_not_a_runs(tmp_path: Path) -> None:
     assert set(listing(tmp_path)) == {"notes.txt", "train.log", "config.yaml.bak"}
 
 
-@pytest.mark.parametrize("result", ["checkpoints/last.ckpt", "pruned/model"])
+@pytest.mark.parametrize(
+    "result",
+    [
+        *("checkpoints/last.ckpt", "pruned/model", "pruned.old-7/model"),
+        *("ckpts/step=1.ckpt", "checkpoints/a/b.ckpt", "step=1.ckpt"),
+    ],
+)
 def test_a_failed_run_keeps_what_is_worth_keeping(tmp_path: Path, result: str) -> None:
     fail(tmp_path / "run", "config.yaml", result)
     assert {"config.yaml", result} <= set(listing(tmp_path / "run"))
+    if "checkpoints/" not in result:
+        with pytest.raises(UserError, match="has results without it"):
+            RunFolder(tmp_path / "run", ckpt_path="last")
+
+
+def test_checkpoints_of_others_do_not_count(tmp_path: Path) -> None:
+    write(tmp_path, "other/checkpoints/last.ckpt", "mine.ckpt")
+    before = listing(tmp_path)
+    fail(tmp_path, "config.yaml")
+    assert listing(tmp_path) == before
+    fail(tmp_path, "config.yaml", ckpt_path="last")
+    assert listing(tmp_path) == before
+
+
+def test_what_a_killed_export_left_goes_with_the_run(tmp_path: Path) -> None:
+    """It must not come back under the one that takes its place."""
+    write(tmp_path, "config.yaml", "pruned.old-7/model", "pruned.tmp-7/model")
+    with RunFolder(tmp_path, overwrite=True):
+        assert not {"pruned", "pruned.old-7", "pruned.tmp-7"} & set(listing(tmp_path))
+        write(tmp_path, "config.yaml")
+    assert set(listing(tmp_path)) == {"config.yaml"}
+
+
+def test_what_a_killed_export_moved_aside_is_put_back_by_a_resume(tmp_path: Path) -> None:
+    write(tmp_path, "checkpoints/last.ckpt", "pruned.old-7/model", "pruned.tmp-7/model")
+    with RunFolder(tmp_path, ckpt_path="last"):
+        assert "pruned/model" in listing(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "pruned"]
 
 
 def test_overwrite_replaces_a_run_on_success(tmp_path: Path) -> None:
@@ -320,10 +374,16 @@ def test_names() -> None:
         ".pruned.tmp1",
         ".report.json.9",
         "pruned.tmp",
+        "pruned.old-7",
+        "evaluation.json",
+        "report.html",
         ".replaced-7",
     ):
         assert is_run_entry(name), name
-    for name in ("pruned2", "config.yaml.bak", "report.json.old", ".prunedx", "log", ".git"):
+    for name in (
+        *("pruned2", "config.yaml.bak", "report.json.old", ".prunedx", "log", ".git"),
+        *("pruned.old-backup", "other.old-7"),
+    ):
         assert not is_run_entry(name), name
 
 

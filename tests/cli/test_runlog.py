@@ -7,8 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_prune.cli.runlog import KeepMetrics, RunLog
+from lit_prune.cli.runlog import Board, KeepMetrics, RunLog
 
 
 def trainer(step: int = 0, due: dict[str, float] | None = None) -> Any:
@@ -35,13 +36,14 @@ def log_steps(log: RunLog, *steps: int, key: str = "loss") -> None:
 
 def saved(log: RunLog, step: int, due: dict[str, float] | None = None) -> dict[str, Any]:
     checkpoint: dict[str, Any] = {"global_step": step}
-    KeepMetrics(log).on_save_checkpoint(trainer(step, due), None, checkpoint)  # pyright: ignore
+    keep = KeepMetrics(log, Board(Path(log.save_dir)))
+    keep.on_save_checkpoint(trainer(step, due), None, checkpoint)  # pyright: ignore
     return checkpoint
 
 
 def resume(folder: Path, checkpoint: dict[str, Any]) -> RunLog:
     log = RunLog(folder)
-    KeepMetrics(log).on_load_checkpoint(trainer(), None, checkpoint)  # pyright: ignore
+    KeepMetrics(log, Board(folder)).on_load_checkpoint(trainer(), None, checkpoint)  # pyright: ignore
     return log
 
 
@@ -100,3 +102,17 @@ def test_a_new_folder_and_a_foreign_checkpoint(tmp_path: Path) -> None:
     assert rows(tmp_path / "new") == ["epoch,loss,step", "0,2.5,5"]
     resume(tmp_path / "new", {"global_step": 5})
     assert len(rows(tmp_path / "new")) == 2
+
+
+def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
+    for first, resumes in ((0, False), (2, True)):
+        board = Board(tmp_path)
+        assert board.experiment is None  # Lightning asks before it reads the checkpoint
+        if resumes:
+            board.go_on_from(first)
+        for step in range(first, 4):
+            board.log_metrics({"loss": step / 2 + resumes}, step)
+        board.finalize("success")
+    events = EventAccumulator(str(tmp_path / "logs/version_0")).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(0, 0.0), (1, 0.5), (2, 2.0), (3, 2.5)]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_prune.cli.saving import AtomicCheckpointIO, atomic_write
+from lit_prune.cli.saving import AtomicCheckpointIO, RunConfigCallback, atomic_write
+from lit_prune.errors import UserError
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -66,3 +70,37 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
         plugin.save_checkpoint({"step": 2}, path)
     assert plugin.load_checkpoint(path, weights_only=True) == {"step": 1}
     assert [child.name for child in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "words"),
+    [
+        (None, "/b/last.ckpt", r"got none on rank 0, last\.ckpt on rank 1: give"),
+        ("/a/last.ckpt", "/a/previous.ckpt", r"last\.ckpt on rank 0, previous\.ckpt on rank 1"),
+        ("/a/last.ckpt", "/b/last.ckpt", None),
+        (None, None, None),
+    ],
+)
+def test_processes_start_from_the_same_checkpoint(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own: str | None,
+    other: str | None,
+    words: str | None,
+) -> None:
+    def gather(found: list[Any], mine: Any) -> None:
+        found[:] = [mine, other and Path(other).name]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    written: list[str] = []
+    monkeypatch.setattr(RunConfigCallback.__base__, "setup", lambda *_: written.append("config"))
+    config, parser = Namespace(ckpt_path=own), LightningArgumentParser()
+    callback = RunConfigCallback(parser, config)
+    trainer: Any = SimpleNamespace(world_size=2, ckpt_path=None)  # not known yet
+    if words is None:
+        callback.setup(trainer, None, "fit")  # pyright: ignore[reportArgumentType]
+        assert written == ["config"]
+    else:
+        with pytest.raises(UserError, match=words):
+            callback.setup(trainer, None, "fit")  # pyright: ignore[reportArgumentType]
+        assert written == []

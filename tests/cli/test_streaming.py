@@ -53,10 +53,24 @@ def test_it_is_what_a_fit_exports(
     assert all(torch.equal(tensor, again[name]) for name, tensor in ours.items())
 
 
-def test_a_shipped_configuration_by_name(workspace: Workspace, here: Path) -> None:
+def test_a_shipped_configuration_by_name(
+    workspace: Workspace,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(here / "home"))
     options = ["--model.pretrained", workspace.model, "--data.train", workspace.text, "--stock"]
-    assert main(["prune-streaming", "--config", "random", *options, "--out", "out"]) == 0
-    assert not (here / "out" / "modeling_lit_pruned.py").exists()
+    assert main(["prune-streaming", "--config", "random", *options, "--out", "~/out"]) == 0
+    assert not (here / "home/out" / "modeling_lit_pruned.py").exists()
+    assert [path.name for path in here.iterdir()] == ["home"]
+    assert f'from_pretrained("{here}/home/out"' in capsys.readouterr().out  # as Python finds it
+
+
+def test_a_single_callback_needs_no_list(workspace: Workspace, here: Path) -> None:
+    options = ["--model.pretrained", workspace.model, "--data.train", workspace.text]
+    one = "--trainer.callbacks=lit_prune.callbacks.RandomPruning"
+    assert main(["prune-streaming", *options, one, "--sparsity", "0.2", "--out", "out"]) == 0
 
 
 @pytest.mark.parametrize(

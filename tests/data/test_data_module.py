@@ -66,6 +66,13 @@ def test_calibration_batches_are_seeded_and_sized(make):
     assert all(tensor.dtype == torch.int64 for tensor in first[0].values())
 
 
+def test_the_largest_seed_draws_and_shuffles(make):
+    data = make(seed=2**32 - 1)
+    assert len(data.calibration_batches(7, 8, 3, turn=1000)) == 3
+    loader = data.train_dataloader()
+    assert rows(loader) != rows(loader)
+
+
 def test_each_turn_draws_anew(make):
     def windows(seed, *turn):
         (batch,) = make(seed=seed).calibration_batches(6, 8, 6, *turn)
@@ -118,6 +125,18 @@ def test_with_a_validation_source_training_has_the_rest(make, tokenizer, text_fi
     data = make(validation=text_file(100, "v.txt"))
     total = len(plain(tokenizer, text_file()))
     assert len(data.train_dataloader()) == (total - round(total * 0.25)) // 8 // 2
+
+
+def test_processes_get_as_many_windows_each(make, text_file):
+    data = make(test=text_file(100, "t.txt"), validation_tokens=48)
+    data.trainer = cast(Any, SimpleNamespace(lightning_module=None, global_rank=1, world_size=2))
+    windows = rows(data.predict_dataloader())
+    assert len(windows) == 3
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        batches = list(loader)
+        assert [bool((b["labels"] != -100).any()) for b in batches] == [True, True, True, False]
+        assert data.protocol()["tokens"] == 48
+    assert rows(data.val_dataloader())[:3] == windows
 
 
 def test_hub_texts_take_the_split_of_their_role(make, monkeypatch):
@@ -204,6 +223,8 @@ def test_texts_are_tokenised_once(make, monkeypatch, text_file):
         ({"window": 0}, "expected window"),
         ({"batch_size": 0}, "expected batch_size of at least 1"),
         ({"num_workers": -1}, "expected num_workers"),
+        ({"seed": -1}, "expected seed of at least 0"),
+        ({"seed": 2**32}, "expected seed below 4294967296, got 4294967296"),
         ({"validation_tokens": 15}, "expected validation_tokens of at least 16, got 15"),
         ({"calibration_share": 1.0}, "expected calibration_share"),
         ({"validation_share": 0.0}, "or give a validation text"),

@@ -211,3 +211,12 @@ def test_a_hub_failure_is_one_line(monkeypatch):
 def test_a_missing_hub_field_names_the_columns(hub):
     with pytest.raises(UserError, match="field 'body' in wikitext, got the fields 'text'"):
         read_source("wikitext", field="body")
+
+
+@pytest.mark.parametrize("source", ["", " "])
+def test_an_empty_word_is_not_the_present_folder(tmp_path, monkeypatch, source):
+    write(tmp_path / "letter.txt", "private")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="got an empty word"):
+        read_source(source)
+    assert read_source(".").documents == ["private"]

@@ -282,6 +282,22 @@ def test_a_saved_tokenizer_loads_and_a_missing_one_is_one_line(tokenizer, tmp_pa
         load_tokenizer(str(tmp_path / "empty"))
 
 
+def test_a_tokenizers_own_code_is_neither_run_nor_asked_about(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {
+        "tokenizer_class": "Mine",
+        "auto_map": {"AutoTokenizer": ["code.Mine", "code.Mine"]},
+    }
+    path.write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text("raise SystemExit('it ran')")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "y")
+    with pytest.raises(UserError, match="expected a tokenizer at"):
+        load_tokenizer(str(tmp_path))
+    assert asked == []
+
+
 def test_digest_is_of_the_backend(tokenizer, make_tokenizer):
     assert tokenizer_digest(tokenizer) == tokenizer_digest(make_tokenizer(model_max_length=7))
     other = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -4,10 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data.distributed import DistributedSampler
 
 from lit_prune.data.tokens import Tokens
 from lit_prune.data.windows import (
+    IGNORED,
     Collate,
+    EvenData,
     RowDataset,
     WindowDataset,
     cut,
@@ -99,6 +102,27 @@ def test_rows_are_those_of_a_literal_loop(sizes, length, limit, data):
 @pytest.mark.parametrize(("limit", "rows"), [(1, 1), (8, 1), (9, 2), (13, 2), (14, 3), (None, 3)])
 def test_rows_stop_before_the_limit_is_passed(limit, rows):
     assert len(RowDataset(ragged([5, 4, 5], [1, 1, 1]), range(3), 10, limit)) == rows
+
+
+@pytest.mark.parametrize("processes", range(1, 6))
+@pytest.mark.parametrize("rows", [False, True])
+def test_processes_share_evenly_and_count_each_row_once(rows, processes):
+    data = WindowDataset(torch.arange(50), range(50), 16)
+    if rows:
+        data = RowDataset(ragged([5, 4, 6], [2, 1, 3]), range(3), 10)
+    even = EvenData(data, processes)
+    assert 0 <= len(even) - len(data) < processes
+    counted = []
+    for rank in range(processes):  # as Lightning hands them out
+        sampler = DistributedSampler(even, processes, rank, shuffle=False)
+        assert len(sampler) == len(even) // processes
+        given = [even[index] for index in sampler]
+        assert all(set(item) == set(data[0]) and len(item["input_ids"]) for item in given)
+        counted += [item for item in given if (item["labels"] != IGNORED).any()]
+    seen = sorted(item["input_ids"].tolist() for item in counted)
+    assert seen == sorted(item["input_ids"].tolist() for item in data)
+    with pytest.raises(IndexError):
+        even[len(even)]
 
 
 def test_plain_tokens_have_no_rows():

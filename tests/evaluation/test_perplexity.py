@@ -170,6 +170,15 @@ def test_metric_equals_perplexity_over_batches():
     assert ranks[0].compute().item() == pytest.approx(expected.value, rel=1e-9)
 
 
+def test_metric_goes_on_after_inference_mode():
+    metric, batch = TokenPerplexity(), batch_of([12])
+    logits = torch.zeros(1, 12, 61)
+    with torch.inference_mode():
+        metric.update(logits, batch["labels"])
+    metric.update(logits, batch["labels"])
+    assert metric.compute().item() == pytest.approx(61)
+
+
 def test_metric_keeps_its_precision_when_the_module_is_cast():
     holder = nn.Module()
     metric: Metric = TokenPerplexity()

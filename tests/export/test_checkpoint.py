@@ -180,15 +180,27 @@ def test_other_files_are_not_replaced(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "o") == ["thesis.tex"]
 
 
+def test_a_checkpoint_of_another_origin_is_not_replaced(tmp_path: Path) -> None:
+    model, _ = cut_case("llama/widths")
+    model.save_pretrained(tmp_path / "o")
+    before = sorted(os.listdir(tmp_path / "o"))
+    with pytest.raises(UserError, match=r"an earlier export at .*/o, got a folder with other"):
+        export("llama/widths", tmp_path / "o")
+    assert sorted(os.listdir(tmp_path / "o")) == before
+
+
 def test_what_a_killed_export_left_is_cleared(tmp_path: Path) -> None:
     export("llama/widths", tmp_path / "o")
     (tmp_path / "o").rename(tmp_path / "o.old-1")  # killed between the two renames
     (tmp_path / "o.tmp-1").mkdir()
     (tmp_path / "o.tmp-1" / "config.json").write_text("{")
     (tmp_path / "o.old-backup").mkdir()  # not ours
-    checkpoint._clear_leftovers(tmp_path / "o")
+    model, _ = cut_case("llama/widths")
+    with checkpoint.export_folder(model, tmp_path / "o") as folder:
+        assert sorted(os.listdir(tmp_path)) == ["o", "o.old-backup", folder.name]
+        assert load_pruned(tmp_path / "o")
+        (folder / "config.json").write_text("{")
     assert sorted(os.listdir(tmp_path)) == ["o", "o.old-backup"]
-    assert load_pruned(tmp_path / "o")
 
 
 def _full(*_: Any, **__: Any) -> None:

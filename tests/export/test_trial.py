@@ -109,6 +109,20 @@ def test_a_refused_config_is_a_difference() -> None:
     assert "refuses" in found
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError()])
+def test_what_says_nothing_of_the_model_is_no_difference(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    model = tiny("llama")
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(type(model.config), "save_pretrained", fails)
+    with pytest.raises(type(error)):
+        differences(model, model.config)
+
+
 def test_wrapped_modules_and_other_classes_are_differences() -> None:
     class Wrapped(nn.Linear):
         pass

@@ -38,6 +38,12 @@ def test_a_gradient_that_is_missing_is_refused(criterion: Any) -> None:
         sensitivity(torch.ones(2, 2), torch.ones(2), None, criterion)
 
 
+@pytest.mark.parametrize("criterion", ["fms", "wanda"])
+def test_norms_that_are_missing_are_refused(criterion: Any) -> None:
+    with pytest.raises(ValueError, match=f"expected norms for {criterion}, got none"):
+        sensitivity(torch.ones(2, 2), None, torch.ones(2, 2), criterion)
+
+
 G, Q, K = 2, 3, 4
 ROWS = {
     "query": drawn(G, Q, K, seed=1).abs(),

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from lit_prune.scores.random import generator_for, random_scores
+from lit_prune.scores.random import generator_for, random_scores, seed_of
 from lit_prune.structure import Structure
 from tests.structure.tiny import tiny_model
 
@@ -63,3 +63,10 @@ def test_scores_are_even() -> None:
     values = torch.cat(random_scores(wide, ["channel"], 0)["channel"])
     share = torch.histc(values, 4, 0, 1) / len(values)
     assert torch.allclose(share, torch.full((4,), 0.25), atol=0.02)
+
+
+def test_turns_of_a_seed_are_no_other_seeds() -> None:
+    assert [seed_of(seed, 0) for seed in (0, 5)] == [0, 5]
+    found = [seed_of(seed, turn) for seed in range(20) for turn in range(20)]
+    assert len({number % 2**32 for number in found}) == 400  # the bits that generators look at
+    assert max(found) < 2**63

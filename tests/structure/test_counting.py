@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_prune.structure import Layout, Structure, Widths, cut, settle
+from lit_prune.structure import Structure, Widths, cut, settle
 from lit_prune.structure.counting import (
     count,
     count_actual,
     count_macs,
-    renumbered,
     unique_labels,
 )
 from tests.structure.layouts import cuttable, varied
@@ -94,17 +93,3 @@ def _less(widths: Widths, axis: str) -> Widths:
     smaller = widths.copy()
     (smaller.shared if axis == "hidden" else smaller.layers[1])[axis] -= 1
     return smaller
-
-
-def test_labels_follow_their_layers() -> None:
-    model = tiny_model("llama")
-    structure = Structure.of(model)
-    labels = unique_labels(model, structure)
-    left = renumbered(labels, [0, 2])
-    assert {label.layer for label in left} == {None, 0, 1}
-    assert {label.name for label in left if label.layer == 1} == {
-        label.name for label in labels if label.layer == 2
-    }
-    layout = Layout.full(structure.widths)
-    assert renumbered(labels, range(3)) == labels
-    assert count(labels, layout.widths()) == count(labels, structure.widths)

@@ -238,3 +238,16 @@ def test_features_without_any_energy_count_as_kept() -> None:
     cut(model, structure, keeping(structure), "calibrated", found)
     cut(twin, its, keeping(its), "masked")
     assert torch.equal(model.model.norm.weight, twin.model.norm.weight)
+
+
+def test_energies_are_summed_in_float32_whatever_the_default() -> None:
+    model, structure = read("llama")
+    expected = energies(model, structure, batches())
+    torch.set_default_dtype(torch.bfloat16)  # as a trainer of precision bf16-true has it
+    try:
+        found = energies(model, structure, batches())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for path, total in found.items():
+        assert total.dtype == torch.float32
+        assert torch.equal(total, expected[path])

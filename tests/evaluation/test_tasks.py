@@ -1,0 +1,444 @@
+"""Tasks through our path give what lm-eval gives by itself, and what a literal loop gives."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from lit_prune.errors import UserError
+from lit_prune.evaluation import tasks
+from lit_prune.evaluation.tasks import PAPERS, averages, evaluate_tasks, merged, task_names
+from tests.evaluation.small_tasks import (
+    SUBJECT,
+    make_tokenizer,
+    preprocessed,
+    records,
+    subjects,
+    write,
+    write_all,
+)
+from tests.structure.tiny import tiny_model
+
+pytest.importorskip("lm_eval")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_all(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("llama", max_position_embeddings=256).double()
+
+
+@pytest.fixture(scope="module")
+def found(model: Any, folder: Path) -> dict[str, Any]:
+    return evaluate_tasks(model, make_tokenizer(), "papers", data=folder, progress=False)
+
+
+def evaluate(model: Any, names: Any, folder: Path, **options: Any) -> dict[str, Any]:
+    return evaluate_tasks(model, make_tokenizer(), names, data=folder, progress=False, **options)
+
+
+# --- lm-eval by itself -------------------------------------------------------------------------
+
+
+def _gap(record: dict[str, Any]) -> list[str]:
+    start = record["sentence"].split("_")[0]
+    return [start + record["option1"], start + record["option2"]]
+
+
+_LETTERS = {
+    "doc_to_target": "{{choices.label.index(answerKey)}}",
+    "doc_to_choice": "{{choices.text}}",
+}
+_BOTH = [{"metric": "acc"}, {"metric": "acc_norm"}]
+#: Written down again by hand.
+BY_HAND: dict[str, dict[str, Any]] = {
+    "boolq": {
+        "doc_to_text": "{{passage}}\nQuestion: {{question}}?\nAnswer:",
+        "doc_to_target": "label",
+        "doc_to_choice": ["no", "yes"],
+        "metric_list": _BOTH[:1],
+    },
+    "piqa": {
+        "doc_to_text": "Question: {{goal}}\nAnswer:",
+        "doc_to_target": "label",
+        "doc_to_choice": "{{[sol1, sol2]}}",
+        "metric_list": _BOTH,
+    },
+    "hellaswag": {
+        "doc_to_text": "query",
+        "doc_to_target": "gold",
+        "doc_to_choice": "choices",
+        "metric_list": _BOTH,
+    },
+    "winogrande": {
+        "doc_to_text": lambda record: int(record["answer"]) - 1,
+        "doc_to_target": lambda record: record["sentence"].split("_")[1].strip(),
+        "doc_to_choice": _gap,
+        "metric_list": _BOTH[:1],
+    },
+    "arc_easy": {
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        **_LETTERS,
+        "metric_list": _BOTH,
+    },
+    "openbookqa": {"doc_to_text": "question_stem", **_LETTERS, "metric_list": _BOTH},
+}
+
+
+def by_hand(model: Any, name: str, folder: Path, cache: Path, shots: int = 0) -> dict[str, Any]:
+    """Scores of lm-eval's own functions on a task that is written by hand."""
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+
+    files = {"validation": str(folder / f"{name}.jsonl")}
+    if shots:
+        files["train"] = str(folder / f"{name}_train.jsonl")
+    task = {
+        "task": f"{name}_by_hand",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files, "cache_dir": str(cache)},
+        "output_type": "multiple_choice",
+        "validation_split": "validation",
+        **({"training_split": "train", "num_fewshot": shots} if shots else {}),
+        **BY_HAND[name],
+    }
+    adapter: Any = HFLM
+    lm = adapter(pretrained=model, tokenizer=make_tokenizer(), batch_size=8)
+    results: Any = evaluator.simple_evaluate(lm, tasks=[task], task_manager=_no_tasks())  # pyright: ignore
+    scores = results["results"][f"{name}_by_hand"].items()
+    return {key.removesuffix(",none"): value for key, value in scores if "," in key}
+
+
+def _no_tasks() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=False)
+
+
+@pytest.fixture
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # takes seconds
+    monkeypatch.setattr("lm_eval.evaluator.get_git_commit_hash", lambda: None)
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("name", BY_HAND)
+def test_scores_are_those_of_lm_eval(
+    name: str, model: Any, folder: Path, found: dict[str, Any], tmp_path: Path
+) -> None:
+    source = folder
+    if name == "hellaswag":
+        source = tmp_path
+        write(source, name, [preprocessed(record) for record in records(name)])
+    expected = by_hand(model, name, source, tmp_path / "cache")
+    entry = found["tasks"][name]
+    assert {key: entry[key] for key in expected} == pytest.approx(expected, abs=1e-12)
+    assert {key for key in entry if key.startswith("acc")} == expected.keys()
+    assert (entry["items"], entry["fewshot"], entry["truncated"]) == (12, 0, 0)
+
+
+@pytest.mark.usefixtures("_alone")
+def test_fewshot_scores_are_those_of_lm_eval(model: Any, tmp_path: Path) -> None:
+    write(tmp_path, "piqa", records("piqa", 30))
+    write(tmp_path, "piqa_train", records("piqa", 9, seed=1))
+    expected = by_hand(model, "piqa", tmp_path, tmp_path / "cache", shots=3)
+    entry = evaluate(model, "piqa", tmp_path, fewshot=3)["tasks"]["piqa"]
+    assert {key: entry[key] for key in expected} == pytest.approx(expected, abs=1e-12)
+    assert entry["fewshot"] == 3
+    assert entry["acc"] != evaluate(model, "piqa", tmp_path)["tasks"]["piqa"]["acc"]
+
+
+def test_scores_are_not_all_alike(found: dict[str, Any]) -> None:
+    values = {
+        entry[key]
+        for entry in found["tasks"].values()
+        for key in ("acc", "acc_norm")
+        if key in entry
+    }
+    assert len(values) > 4
+    assert not values & {0.0, 1.0}
+
+
+# --- without lm-eval ---------------------------------------------------------------------------
+
+
+def log_likelihood(model: Any, context: str, answer: str) -> float:
+    """Of an answer's tokens after a context, token by token."""
+    tokenizer, total = make_tokenizer(), 0.0
+    seen = tokenizer(context)["input_ids"]
+    for token in tokenizer(answer)["input_ids"]:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([seen])).logits[0, -1]
+        total += float(torch.log_softmax(logits, 0)[token])
+        seen = [*seen, token]
+    return total
+
+
+def score(model: Any, items: list[tuple[str, list[str], int]]) -> dict[str, float]:
+    """acc and acc_norm of (context, answers, right one)."""
+    right = {"acc": 0, "acc_norm": 0}
+    for context, answers, gold in items:
+        values = [log_likelihood(model, context, answer) for answer in answers]
+        each = [value / len(answer) for value, answer in zip(values, answers, strict=True)]
+        right["acc"] += values.index(max(values)) == gold
+        right["acc_norm"] += each.index(max(each)) == gold
+    return {name: count / len(items) for name, count in right.items()}
+
+
+def test_arc_is_a_loop_over_log_likelihoods(model: Any, found: dict[str, Any]) -> None:
+    items = []
+    for record in records("arc_easy"):
+        choices = record["choices"]
+        gold = choices["label"].index(record["answerKey"])
+        items.append((f"Question: {record['question']}\nAnswer:", choices["text"], gold))
+    entry = found["tasks"]["arc_easy"]
+    assert {name: entry[name] for name in ("acc", "acc_norm")} == score(model, items)
+
+
+def test_mmlu_has_five_examples_in_order(model: Any, tmp_path: Path) -> None:
+    scored, examples = subjects(15), subjects(7, seed=1)
+    write(tmp_path, SUBJECT, scored)
+    write(tmp_path, f"{SUBJECT}_dev", examples)
+
+    def ask(record: dict[str, Any]) -> str:
+        letters = zip("ABCD", record["choices"], strict=True)
+        choices = "".join(f"{letter}. {choice}\n" for letter, choice in letters)
+        return f"{record['question']}\n{choices}Answer:"
+
+    title = "The following are multiple choice questions (with answers) about abstract algebra.\n\n"
+    shown = "".join(f"{ask(part)} {'ABCD'[part['answer']]}\n\n" for part in examples[:5])
+    items = [(title + shown + ask(part), list("ABCD"), part["answer"]) for part in scored]
+    entry = evaluate(model, SUBJECT, tmp_path)["tasks"][SUBJECT]
+    assert entry["fewshot"] == 5
+    assert entry["acc"] == score(model, items)["acc"]
+    bare = [(title + ask(part), list("ABCD"), part["answer"]) for part in scored]
+    entry = evaluate(model, SUBJECT, tmp_path, fewshot=0)["tasks"][SUBJECT]
+    assert entry["acc"] == score(model, bare)["acc"]
+
+
+def test_mmlu_is_the_mean_over_items(model: Any, tmp_path: Path) -> None:
+    from lit_prune.evaluation import task_loading
+
+    names = task_loading.members(task_loading.manager_for(("mmlu",)), "mmlu")
+    assert len(names) == 57
+    for number, name in enumerate(names):
+        write(tmp_path, name, subjects(1 + number % 3, seed=number))
+    found = evaluate(model, ["mmlu", *names], tmp_path, fewshot=0)["tasks"]
+    whole = found.pop("mmlu")
+    right = sum(entry["acc"] * entry["items"] for entry in found.values())
+    assert (whole["items"], whole["fewshot"]) == (57 * 2, 0)
+    assert whole["acc"] == pytest.approx(right / (57 * 2))
+    for name in names[6:]:
+        (tmp_path / f"{name}.jsonl").unlink()
+    lost = evaluate(model, "mmlu", tmp_path, fewshot=0)["tasks"]["mmlu"]
+    assert lost["not_run"].startswith(f"6 of its 57 tasks can be run; {names[6]}: no data")
+
+
+# --- what it leaves alone ----------------------------------------------------------------------
+
+
+def test_nothing_is_left_behind(
+    model: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    tokenizer = make_tokenizer(pad_token=None)
+    model.train()
+    model.model.layers[1].eval()
+    model.lm_head.weight.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    grads = [parameter.requires_grad for parameter in model.parameters()]
+    weights = list(model.parameters())
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(5)
+    random.gauss(0, 1)
+    before = _states()
+    capfd.readouterr()
+    names = ["hellaswag", "piqa"]
+    evaluate_tasks(model, tokenizer, names, data=folder, progress=False)
+    assert capfd.readouterr() == ("", "")
+    assert _states() == before
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == grads
+    assert all(one is two for one, two in zip(weights, model.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.config.use_cache
+    assert tokenizer.pad_token is None
+    assert list(tmp_path.iterdir()) == []
+    assert len(list(folder.iterdir())) == 7
+    model.eval()
+    model.lm_head.weight.requires_grad_(True)
+
+
+def test_dropout_is_off(folder: Path) -> None:
+    noisy: Any = tiny_model("llama", attention_dropout=0.9)
+    expected = evaluate(noisy, "piqa", folder)
+    assert evaluate(noisy.train(), "piqa", folder) == expected
+    assert noisy.training
+
+
+def _states() -> tuple[Any, ...]:
+    array: Any = np.random.get_state()
+    return random.getstate(), array[1].tolist(), torch.get_rng_state().tolist()
+
+
+def test_progress_says_what_is_done(model: Any, folder: Path, capfd: Any) -> None:
+    tokenizer = make_tokenizer()
+    evaluate_tasks(model, tokenizer, "piqa", data=folder, limit=2, progress="of the dense model")
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[0] == "piqa of the dense model …"
+    assert lines[1].startswith("piqa of the dense model: ")
+    assert len(lines) == 2
+
+
+def test_the_same_again_in_another_order(model: Any, folder: Path, found: dict[str, Any]) -> None:
+    torch.manual_seed(77)
+    again = evaluate(model, [*reversed(PAPERS)], folder)
+    assert again["tasks"] == found["tasks"]
+    assert again == json.loads(json.dumps(again))
+    parts = [evaluate(model, name, folder) for name in PAPERS]
+    assert merged(parts) == found
+
+
+def test_a_limit_is_the_first_items(model: Any, folder: Path, tmp_path: Path) -> None:
+    write(tmp_path, "piqa", records("piqa")[:5])
+    few = evaluate(model, "piqa", folder, limit=5)
+    all_of_them = evaluate(model, "piqa", tmp_path)
+    assert few["tasks"]["piqa"]["items"] == 5
+    assert few["protocol"]["limit"] == 5
+    entry = {**few["tasks"]["piqa"], "digest": None}
+    assert entry == {**all_of_them["tasks"]["piqa"], "digest": None}
+
+
+# --- averages ----------------------------------------------------------------------------------
+
+
+def test_averages_of_the_papers(found: dict[str, Any]) -> None:
+    entries, means = found["tasks"], found["averages"]
+    normed = ("hellaswag", "arc_challenge", "openbookqa")
+    parts = [entries[name]["acc_norm" if name in normed else "acc"] for name in PAPERS]
+    assert means["papers"]["value"] == pytest.approx(sum(parts) / 7)
+    assert means["papers"]["metrics"]["piqa"] == "acc"
+    parts = [entry.get("acc_norm", entry["acc"]) for entry in entries.values()]
+    assert means["fasp"]["value"] == pytest.approx(sum(parts) / 7)
+    parts = [entries[name]["acc"] for name in PAPERS]
+    assert means["acc"] == {"value": pytest.approx(sum(parts) / 7), "tasks": [*PAPERS]}
+    assert means["tva_prune"]["value"] == pytest.approx(sum(parts[:6]) / 6)
+    assert means["tva_prune"]["tasks"] == [*PAPERS[:6]]
+    assert found["protocol"]["dtype"] == "float64"
+    assert found["protocol"]["harness"].startswith("lm-eval 0.")
+
+
+def test_averages_over_what_is_missing() -> None:
+    entries = {"piqa": {"acc": 0.5, "acc_norm": 0.6}, "boolq": {"not_run": "no data"}}
+    means = averages(entries)
+    assert means["acc"] == {"value": 0.5, "tasks": ["piqa"]}
+    assert means["papers"]["not_run"].startswith("boolq, hellaswag, winogrande")
+    assert averages({})["acc"] == {"not_run": "no task with acc was run"}
+
+
+# --- what a user can do wrong ------------------------------------------------------------------
+
+
+def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks._loading(), "manager_for", _few_names)
+    with pytest.raises(UserError, match="got 'pica': did you mean piqa"):
+        task_names(["boolq", "pica"])
+    with pytest.raises(UserError, match="at least one task"):
+        task_names([])
+    assert task_names(["papers", "piqa"]) == [*PAPERS]
+
+
+def _few_names(names: tuple[str, ...]) -> Any:
+    from lit_prune.evaluation import task_loading
+
+    return task_loading._manager(tuple(_folders()))
+
+
+def _folders() -> list[str]:
+    import lm_eval.tasks
+
+    from lit_prune.evaluation import task_loading
+
+    root = Path(next(iter(lm_eval.tasks.__path__)))
+    return [str(root / part) for part in dict.fromkeys(task_loading._FOLDERS.values())]
+
+
+def test_options(model: Any, folder: Path) -> None:
+    for options, what in (
+        ({"limit": 0}, "limit of at least 1, got 0"),
+        ({"fewshot": -1}, "fewshot of at least 0, got -1"),
+        ({"batch_size": 0}, "batch_size of at least 1, got 0"),
+    ):
+        with pytest.raises(UserError, match=what):
+            evaluate(model, "piqa", folder, **options)
+    with pytest.raises(UserError, match="a folder with jsonl files of tasks, got "):
+        evaluate(model, "piqa", folder / "none")
+    with pytest.raises(UserError, match="a tokenizer of transformers for tasks, got NoneType"):
+        evaluate_tasks(model, None, "piqa", data=folder)
+
+
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    import lit_prune.evaluation
+
+    monkeypatch.delattr(lit_prune.evaluation, "task_loading", raising=False)
+    monkeypatch.delitem(sys.modules, "lit_prune.evaluation.task_loading", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(UserError, match=r"expected the package lm-eval .*pip install 'lit-prune\["):
+        task_names("piqa")
+
+
+def test_no_connection_is_a_reason(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub\n(offline)")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    found = evaluate_tasks(model, make_tokenizer(), "piqa", progress=False)
+    reason = "its data can't be had: Couldn't reach 'baber/piqa' on the Hub"
+    assert found["tasks"] == {"piqa": {"not_run": reason}}
+    assert found["protocol"]["data"] == "hub"
+
+
+def test_hub_data_are_taken_as_they_are(
+    model: Any, found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(path: str, name: str | None = None, **kwargs: Any) -> Any:
+        assert (path, name) == ("allenai/ai2_arc", "ARC-Easy")
+        splits = ("train", "validation", "test")
+        parts = {split: records("arc_easy", seed=int(split != "test")) for split in splits}
+        return {split: datasets.Dataset.from_list(part) for split, part in parts.items()}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    entry = evaluate_tasks(model, make_tokenizer(), "arc_easy", progress=False)["tasks"]["arc_easy"]
+    assert entry == {**found["tasks"]["arc_easy"], "digest": None}
+
+
+def test_weights_that_are_not_finite(folder: Path) -> None:
+    spoiled: Any = tiny_model("llama")
+    spoiled.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="finite log-likelihoods, got NaN"):
+        evaluate(spoiled, "piqa", folder)
+
+
+def test_what_is_longer_than_the_context(folder: Path, tmp_path: Path) -> None:
+    short: Any = tiny_model("llama", max_position_embeddings=12)
+    entry = evaluate(short, "boolq", folder)["tasks"]["boolq"]
+    assert 0 < entry["truncated"] <= 24
+    write(tmp_path, "piqa", [{"goal": "w1", "sol1": "w1 " * 20, "sol2": "w2", "label": 0}])
+    with pytest.raises(UserError, match="at most 12 tokens, the model's context, got one of 20"):
+        evaluate(short, "piqa", tmp_path)

@@ -1,0 +1,144 @@
+"""Models side by side: every cell from the records, figures of one protocol in a row."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_prune.reporting.compare import NOTHING, columns, markdown, render, rows
+from lit_prune.reporting.comparison_page import power_of_two, write_comparison
+
+
+def stat(median: float) -> dict[str, float]:
+    return {"median": median, "low": median - 1, "high": median + 1}
+
+
+def entry(source: str, parameters: int, value: float, faster: bool | None) -> dict[str, Any]:
+    timed = {
+        "tokens_per_second": stat(100.0),
+        "latency_ms": stat(20.0),
+        "ratio": None if faster is None else stat(1.25),
+        "faster": faster,
+    }
+    return {
+        "source": source,
+        "digest": source,
+        "cost": {
+            "parameters": parameters,
+            "decoder_parameters": parameters // 2,
+            "checkpoint_bytes": None,
+            "weight_bytes": 2 * parameters,
+            "cache_bytes_per_token": 64,
+            "macs_per_token": {"64": 10**7, "2048": 2 * 10**7},
+            "macs_of_sequence": {"64": 10**9, "2048": 10**11},
+            "widths": {"channel": [96, 64]},
+        },
+        "perplexity": [
+            {
+                **{"value": value, "ratio": None, "text": "t", "split": "test", "digest": "d"},
+                **{"window": 128, "stride": 128, "tokens": 1280, "level": "token", "bos": False},
+                "dtype": "float32",
+            }
+        ],
+        "tasks": {
+            "protocol": {"harness": "lm-eval 0", "limit": 4, "data": "hub"},
+            "tasks": {
+                "piqa": {"acc": 0.5, "acc_stderr": 0.1, "fewshot": 0},
+                "mmlu": {"not_run": "no data"},
+            },
+            "averages": {"acc": {"value": 0.5, "tasks": ["piqa"]}},
+        },
+        "speed": {
+            "protocol": {"prompt": 8, "new_tokens": 2, "rounds": 5, "device": "cpu"},
+            "batches": {"1": {"prefill": timed, "decode": timed}, "8": {"not_run": "no memory"}},
+            "memory": {"peak_bytes": 5_000_000, "baseline_bytes": 1_000_000},
+        },
+    }
+
+
+@pytest.fixture
+def record() -> dict[str, Any]:
+    model = entry("a", 900, 30.0, True)
+    model["perplexity"][0]["ratio"] = 1.5
+    return {"model": model, "dense": entry("d", 1000, 20.0, None), "warnings": [], "versions": {}}
+
+
+def cells(records: Any) -> dict[str, list[str]]:
+    return {row.label: row.cells for row in rows([each for _, each in columns(records)])}
+
+
+def test_each_model_is_a_column_and_a_dense_one_only_once(record: dict[str, Any]) -> None:
+    names = [name for name, _ in columns([("x", record), ("y", copy.deepcopy(record))])]
+    assert names == ["d", "x", "y"]
+    other = copy.deepcopy(record)
+    other["dense"]["digest"] = "of other weights"
+    assert [name for name, _ in columns([("x", record), ("y", other)])] == ["d", "x", "d", "y"]
+
+
+def test_cells_are_the_records(record: dict[str, Any]) -> None:
+    found = cells([("x", record)])
+    assert found["parameters"] == ["1,000", "900"]
+    assert found["t (test), windows of 128, 1,280 tokens, float32"] == ["20.00", "30.00 (1.500 x)"]
+    assert found["piqa, 0-shot"] == ["acc 0.5000 ± 0.1000"] * 2
+    assert found["mmlu"] == ["not run"] * 2
+    assert found["average, acc"] == ["0.5000"] * 2
+    assert found["MACs of a token, 2,048 in context, millions"] == ["20.0"] * 2
+    assert "checkpoint, MB" not in found  # of none is it known
+    speed = found["prefill, batch 1, tokens/s"]
+    assert speed == ["100 (99 to 101)", "100 (99 to 101)\n1.25 (0.25 to 2.25) x"]
+    assert found["decode, batch 8, tokens/s"] == ["not run"] * 2
+    assert found["peak memory beside the libraries, MB"] == ["4"] * 2
+
+
+def test_no_speed_up_is_claimed_where_ranges_overlap(record: dict[str, Any]) -> None:
+    record["model"]["speed"]["batches"]["1"]["decode"]["faster"] = False
+    assert cells([("x", record)])["decode, batch 1, tokens/s"][1].endswith("x, ranges overlap")
+
+
+@pytest.mark.parametrize(("key", "value"), [("window", 64), ("dtype", "bfloat16"), ("digest", "e")])
+def test_other_protocols_are_other_rows(record: dict[str, Any], key: str, value: Any) -> None:
+    record["model"]["perplexity"][0][key] = value
+    found = [row for row in rows([record["dense"], record["model"]]) if row.section == "perplexity"]
+    assert [row.cells for row in found] == [["20.00", NOTHING], [NOTHING, "30.00 (1.500 x)"]]
+
+
+def test_tasks_and_speeds_of_other_protocols_are_apart(record: dict[str, Any]) -> None:
+    record["model"]["tasks"]["protocol"]["limit"] = 8
+    record["model"]["speed"]["protocol"]["device"] = "cuda"
+    found = rows([record["dense"], record["model"]])
+    for section in ("tasks", "speed"):
+        own = [row for row in found if row.section.startswith(section)]
+        assert len({row.section for row in own}) == 2
+        assert all(NOTHING in row.cells for row in own)
+
+
+def test_markdown_and_terminal_say_the_same(record: dict[str, Any]) -> None:
+    found = rows([record["dense"], record["model"]])
+    text = markdown(["d", "a|b"], found)
+    assert "| perplexity: t (test), windows of 128, 1,280 tokens, float32 | 20.00 |" in text
+    assert "a\\|b" in text.splitlines()[0]
+    table = render(["d", "a"], found)
+    assert table.row_count == len(found) + len({row.section for row in found})
+
+
+def test_a_page_of_its_own(record: dict[str, Any], tmp_path: Path) -> None:
+    record["warnings"] = ["<script>alert(1)</script>"]
+    write_comparison([("<b>x", record)], tmp_path / "sub/page.html")
+    page = (tmp_path / "sub/page.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "&lt;b&gt;x" in page
+    for row in rows([record["dense"], record["model"]]):
+        for cell in row.cells:
+            assert f">{cell}</td>" in page
+    assert page.count("<svg") == 3
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
+
+
+def test_powers_of_two() -> None:
+    assert [power_of_two(widths) for widths in ([96, 64], [7, 8], [256, 512], [1126])] == [
+        *(32, 1, 256, 2)
+    ]
