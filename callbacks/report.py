@@ -13,8 +13,9 @@ from lightning.pytorch import Trainer
 from lit_prune.errors import UserError
 from lit_prune.evaluation.perplexity import IGNORED, perplexity
 from lit_prune.evaluation.sizes import weight_bytes
-from lit_prune.evaluation.speed import median_speed, throughput
+from lit_prune.evaluation.speed import throughput
 from lit_prune.export.describe import layer_widths
+from lit_prune.memory import fits
 from lit_prune.reporting.card import public_name
 from lit_prune.reporting.configuration import run_config
 from lit_prune.reporting.curves import Points, add_values, fresh
@@ -24,6 +25,7 @@ from lit_prune.reporting.report import (
     build_report,
     model_entry,
     print_report,
+    speed_entry,
     write_report,
 )
 from lit_prune.reporting.samples import PROMPTS, continuations
@@ -72,6 +74,7 @@ class GainLossReport(StageCallback):
         self.curves: Points = {}
         self.texts: dict[str, dict[str, str]] = {}
         self._held: Mapping[str, Any] | None = None
+        self._passes: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Refuse a module that has no model to measure."""
@@ -163,25 +166,27 @@ class GainLossReport(StageCallback):
             self.notes.append(f"speed was not measured: {error}")
             return
         tokens = next(iter(_data(trainer).val_dataloader()))["input_ids"][:1, : self.length]
-        models = {"dense": dense, "final": pl_module.model}
-        speeds = throughput(models, tokens, self.rounds)
+        models, speeds = {"dense": dense, "final": pl_module.model}, {}
+        if not fits(lambda: speeds.update(throughput(models, tokens, self.rounds))):
+            self.notes.append("speed was not measured: memory ran out with both models in it")
+            return
+        self._passes = f"median of {self.rounds} forward passes of {tokens.numel()} tokens"
         for name, entry in self.models.items():  # recovery leaves the pruned model's shapes
-            speed = speeds["dense" if name == "dense" else "final"]
-            entry["tokens_per_second"] = median_speed(speed)
+            entry |= speed_entry(speeds["dense" if name == "dense" else "final"])
 
     # --- the report ----------------------------------------------------------------------------
 
     def _report(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         data = _data(trainer)
         last = pl_module.history[-1] if pl_module.history else {}
-        speed = f"median of {self.rounds} forward passes of {self.length} tokens, taking turns"
+        speed = f"{self._passes} (least to most), taking turns" if self._passes else None
         return build_report(
             protocol={
                 **data.protocol(),
                 "dtype": str(pl_module.model.dtype).removeprefix("torch."),
                 "recovery_steps": trainer.global_step - pl_module.first_step,
                 "recovery_batch": _batch(trainer, data),
-                "speed": speed if self.rounds else "not measured",
+                "speed": speed or "not measured",
                 "threads": torch.get_num_threads(),
                 "device": str(trainer.strategy.root_device),
             },

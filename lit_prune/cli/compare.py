@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
+from lit_prune.console import stdout_console
 from lit_prune.errors import UserError
 from lit_prune.evaluation.cost import cost
 from lit_prune.evaluation.record import FILE, read_record, with_ratios
@@ -63,9 +62,7 @@ def print_comparison(
     if format == "markdown":
         print(side_by_side.markdown(names, rows))
         return
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = stdout_console(_WIDTH)
     console.print(side_by_side.render(names, rows))
     warnings = dict.fromkeys(note for _, record in records for note in record["warnings"])
     for note in warnings:

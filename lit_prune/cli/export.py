@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lit_prune.adapter_files import save_adapter
 from lit_prune.cli.guard import say
+from lit_prune.console import stdout_console
 from lit_prune.errors import UserError
 from lit_prune.export.describe import card_of
 from lit_prune.files import folder_errors, written_at_once
@@ -80,7 +79,7 @@ def export_run(
             "\nfrom peft import PeftModel\n"
             f"model = PeftModel.from_pretrained(model, {json.dumps(str(target / ADAPTER))})"
         )
-    console = Console()
+    console = stdout_console()
     for line in ("load it in plain transformers:", *lines.splitlines()):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_prune.allocation import uniform
+from lit_prune.console import stdout_console
 from lit_prune.errors import UserError
 from lit_prune.evaluation.sizes import axis_sizes, expected, reachable, totals
 from lit_prune.evaluation.skeleton import skeleton
@@ -128,9 +129,7 @@ def _cut(
 
 
 def _print(found: Mapping[str, Any]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = stdout_console(_WIDTH)
     console.print(_axes_table(found))
     units = "; ".join(f"{entry['axis']}: {entry['unit']}" for entry in found["axes"])
     console.print(f"one of {units}", highlight=False, soft_wrap=True)

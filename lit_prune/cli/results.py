@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from rich.console import Console
 from rich.table import Table
+
+from lit_prune.console import stdout_console
 
 
 @rank_zero_only
@@ -33,7 +34,7 @@ def print_metrics(
         table.add_section()
     for name, value in (protocol or {}).items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
-    Console().print(table)
+    stdout_console().print(table)
 
 
 @rank_zero_only
@@ -48,7 +49,7 @@ def print_predictions(results: Sequence[Any] | None) -> None:
     table.add_column("batches", justify="right")
     table.add_column("each")
     table.add_row(str(len(batches)), _describe(batches[0]) if batches else "")
-    Console().print(table)
+    stdout_console().print(table)
 
 
 def _describe(item: Any) -> str:

@@ -11,12 +11,12 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from rich.console import Console
 from rich.table import Table
 
 from lit_prune.cli.guard import say
 from lit_prune.cli.main import PruneArgumentParser, quiet
 from lit_prune.cli.options import list_callbacks, set_sparsity
+from lit_prune.console import stdout_console
 from lit_prune.data import TextDataModule
 from lit_prune.errors import UserError
 from lit_prune.module import PrunableLM
@@ -123,9 +123,7 @@ def run_streaming(args: Sequence[str]) -> None:
 
 
 def _print(found: Mapping[str, Any], out: Path) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = stdout_console(_WIDTH)
     sparsity = found["sparsity"]
     table = Table(title=out.name)
     table.add_column("axis")

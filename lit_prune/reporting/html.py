@@ -122,11 +122,22 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     dense, final = (dict(zip(COLUMNS, rows[name], strict=True)) for name in ("dense", last))
     gone = number(report["sparsity"].get("decoder"), "{:.1%}")
     facts = [("decoder removed", gone, f"{number(_total(report), '{:.1%}')} of all")]
-    for column, unit in (("perplexity", ""), ("checkpoint MB", " MB"), ("tokens/s", "")):
+    for column, unit in (("perplexity", ""), ("checkpoint MB", " MB")):
         if final[column] != "-":
             label = column.removesuffix(" MB")
             facts.append((label, final[column] + unit, f"dense {dense[column]}{unit}"))
-    return facts
+    return [*facts, *_speed(models["dense"], models[last])]
+
+
+def _speed(dense: Mapping[str, Any], final: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Tokens/s; where rounds overlap, none is the faster one."""
+    if final.get("tokens_per_second") is None:
+        return []
+    one, other = (entry.get("tokens_per_second_range") for entry in (dense, final))
+    overlap = one and other and max(one[0], other[0]) <= min(one[1], other[1])
+    compared = f"dense {number(dense.get('tokens_per_second'), '{:,.0f}')}"
+    note = "; ranges overlap" if overlap else ""
+    return [("tokens/s", number(final["tokens_per_second"], "{:,.0f}"), compared + note)]
 
 
 def _total(report: Mapping[str, Any]) -> float | None:

@@ -51,15 +51,29 @@ def model_entry(
     Returns:
         The entry, plain types.
     """
-    speed = tokens_per_second
-    if isinstance(speed, Sequence):
-        speed = median_speed(speed) if speed else None
     return {
         "perplexity": perplexity,
         "parameters": parameters,
         "decoder_parameters": decoder_parameters,
         "bytes": weight_bytes,
-        "tokens_per_second": speed,
+        **speed_entry(tokens_per_second),
+    }
+
+
+def speed_entry(tokens_per_second: float | Sequence[float] | None) -> dict[str, Any]:
+    """The median and range of several rounds' speeds, as a model's entry has them.
+
+    Args:
+        tokens_per_second: Of each round, or a single number, which has no range.
+    """
+    speed = tokens_per_second
+    if not isinstance(speed, Sequence):
+        return {"tokens_per_second": speed, "tokens_per_second_range": None}
+    if not speed:
+        return speed_entry(None)
+    return {
+        "tokens_per_second": median_speed(speed),
+        "tokens_per_second_range": [min(speed), max(speed)],
     }
 
 
@@ -161,10 +175,14 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 number(ratio, "{:.3f}"),
                 number(entry["parameters"], "{:,}"),
                 number(None if size is None else size / 1e6, "{:,.1f}"),
-                number(speed, "{:,.0f}"),
+                number(speed, "{:,.0f}") + _span(entry.get("tokens_per_second_range")),
             )
         )
     return rows
+
+
+def _span(ends: Sequence[float] | None) -> str:
+    return "" if not ends else f" ({number(ends[0], '{:,.0f}')} to {number(ends[1], '{:,.0f}')})"
 
 
 def protocol_line(report: Mapping[str, Any]) -> str:
@@ -239,9 +257,9 @@ def print_report(
         page: Where the same is to be read with plots.
         console: Where to print; stdout by default.
     """
-    from rich.console import Console
+    from lit_prune.console import stdout_console
 
-    console = console or Console()
+    console = console or stdout_console()
     console.print(render_table(report))
     lines = [protocol_line(report), sparsity_line(report)]
     if seconds := report.get("seconds"):

@@ -15,7 +15,14 @@ import pytest
 
 from lit_prune.reporting import html
 from lit_prune.reporting.html import render, write_html
-from lit_prune.reporting.report import COLUMNS, MODELS, load_lines, table_rows, write_report
+from lit_prune.reporting.report import (
+    COLUMNS,
+    MODELS,
+    load_lines,
+    speed_entry,
+    table_rows,
+    write_report,
+)
 from tests.reporting.made import entry, full_report
 
 _VOID = {"meta", "link", "br", "path", "use", "input"}
@@ -265,3 +272,13 @@ def test_options_read_like_words():
     text = render(full_report())
     for name, value in {"smoothing": "no", "multiple": "0", "axes": "channel"}.items():
         assert f"<dt>{name}</dt><dd>{value}</dd>" in text
+
+
+@pytest.mark.parametrize(
+    ("speeds", "note"), [([90.0, 110.0], "; ranges overlap"), ([120.0, 130.0], "")]
+)
+def test_a_speed_up_is_not_claimed_where_rounds_overlap(speeds: list[float], note: str) -> None:
+    report = full_report()
+    for name, each in (("dense", [80.0, 100.0]), ("pruned", speeds), ("recovered", speeds)):
+        report["models"][name] |= speed_entry(each)
+    assert f"<span>dense 90{note}</span>" in render(report)

@@ -78,6 +78,7 @@ def test_report_has_the_schema_and_goes_through_json(tmp_path: Path):
         "decoder_parameters": 1_000_000,
         "bytes": 2_500_000,
         "tokens_per_second": 90.0,
+        "tokens_per_second_range": [10.0, 110.0],
     }
     assert loaded["options"] == {"sparsity": 0.2, "axes": ["channel"], "path": "x"}
     assert loaded["warnings"] == ["short text"]
@@ -127,16 +128,16 @@ def test_file_is_readable_as_any_new_file_is(tmp_path: Path):
 
 def test_rows_are_the_numbers_in_readable_form():
     assert table_rows(make_report()) == [
-        ("dense", "20.00", "1.000", "1,234,567", "2.5", "90"),
-        ("pruned", "26.00", "1.300", "1,234,567", "2.5", "90"),
-        ("recovered", "22.00", "1.100", "1,234,567", "2.5", "90"),
+        ("dense", "20.00", "1.000", "1,234,567", "2.5", "90 (10 to 110)"),
+        ("pruned", "26.00", "1.300", "1,234,567", "2.5", "90 (10 to 110)"),
+        ("recovered", "22.00", "1.100", "1,234,567", "2.5", "90 (10 to 110)"),
     ]
 
 
 def test_what_did_not_run_or_has_no_number_is_said():
     report = make_report(models={"dense": entry(None), "pruned": entry(tokens_per_second=[])})
     assert table_rows(report) == [
-        ("dense", "-", "-", "1,234,567", "2.5", "90"),
+        ("dense", "-", "-", "1,234,567", "2.5", "90 (10 to 110)"),
         ("pruned", "20.00", "-", "1,234,567", "2.5", "-"),
         ("recovered", "not run", "-", "-", "-", "-"),
     ]
