@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,7 +197,22 @@ def resolve(source: str) -> Source:
         raise UserError(f"expected a model folder, a .gguf file or a hub id, got the file {source}")
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"expected a model folder or .gguf file at {source!r}, got nothing there")
+    near = _near(path)
+    if near is not None:
+        raise UserError(
+            f"expected a model folder or a hub id, got {source}, which is not there: did you mean "
+            f"{near}?"
+        )
     return Source(source, local=False)
+
+
+def _near(path: Path) -> Path | None:
+    """What is there in the same folder under nearly the same name."""
+    if len(path.parts) < 2 or not path.parent.is_dir():
+        return None  # a hub id
+    names = [child.name for child in path.parent.iterdir()]
+    found = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
+    return path.parent / found[0] if found else None
 
 
 def _embedded(name: str) -> Source:

@@ -257,3 +257,14 @@ def test_the_embedded_model(dtype: torch.dtype, tmp_path: Path) -> None:
     for file in (tmp_path / "o").glob("*.json"):
         if file.name != "tokenizer.json":
             assert not {"smollm2/", "gguf"} & set(file.read_text().lower().split('"')), file
+
+
+def test_a_slip_in_a_folders_name_is_no_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/quickstart").mkdir(parents=True)
+    with pytest.raises(UserError, match="did you mean runs/quickstart"):
+        resolve("runs/quikstart")
+    for name in ("runs/other", "org/quickstart", "quikstart"):
+        assert not resolve(name).local

@@ -172,4 +172,4 @@ def _dispatch(command: str, args: list[str]) -> int:
 
             run_streaming(args)
 
-    return guarded(action)
+    return guarded(action, resumes=command == "fit")

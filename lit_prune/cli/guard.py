@@ -36,10 +36,11 @@ class Termination:
     Attributes:
         deferred: Whether it waits.
         asked: Whether it came.
+        resumes: Whether the command can go on from a checkpoint.
     """
 
     def __init__(self) -> None:
-        self.deferred, self.asked = False, False
+        self.deferred, self.asked, self.resumes = False, False, False
 
     def arm(self) -> Any:
         """Take the signal over; returns what it did before, or None outside of the main thread."""
@@ -72,18 +73,19 @@ def say(message: str) -> None:
     sys.stderr.flush()
 
 
-def guarded(action: Callable[[], None]) -> int:
+def guarded(action: Callable[[], None], *, resumes: bool = False) -> int:
     """Run a command and turn whatever it raises into an exit code.
 
     Args:
         action: The command.
+        resumes: Whether it can go on from a checkpoint, which is then said when it is interrupted.
 
     Returns:
         0, or 2 after one line about a mistake of the user's, 130 or 143 when it was interrupted or
         terminated, 1 after the traceback of anything else.
     """
     parent = os.getppid()
-    termination.deferred, termination.asked = False, False
+    termination.deferred, termination.asked, termination.resumes = False, False, resumes
     before = termination.arm()
     try:
         return _ended(action, parent)
@@ -199,13 +201,15 @@ def _exit_code(end: SystemExit) -> int:
 def _terminated() -> int:
     if not is_rank_zero():
         return OK  # Lightning kills the first process when another one ends with a code
-    say("terminated; an interrupted run goes on with --ckpt_path last")
+    hint = "; an interrupted run goes on with --ckpt_path last" if termination.resumes else ""
+    say(f"terminated{hint}")
     return TERMINATED
 
 
 def _interrupted() -> int:
     if is_rank_zero():
-        say("interrupted; a run that has a checkpoint goes on with --ckpt_path last")
+        hint = "a run that has a checkpoint goes on with --ckpt_path last"
+        say(f"interrupted; {hint}" if termination.resumes else "interrupted")
     return INTERRUPTED
 
 

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 import lit_prune
+from lit_prune.cli.bar import add_bar
 from lit_prune.cli.checkpoints import FOLDER
 from lit_prune.cli.guard import causes, is_rank_zero, say
 from lit_prune.cli.options import check_numbers, find_for_reading, list_callbacks, set_sparsity
@@ -165,6 +166,7 @@ class PruneCLI(LightningCLI):
             config["logger"] = logs = [RunLog(root), Board(root)] if fits else False
             config["callbacks"] += [KeepMetrics(*logs)] if logs else []
         if fits:
+            add_bar(config, callbacks)
             add_checkpoints(config, root / FOLDER)
             if config["strategy"] in StrategyRegistry:  # before what it needs is asked for
                 check_strategy(StrategyRegistry[config["strategy"]]["strategy"])

@@ -76,8 +76,8 @@ def shorten(message: str, options: Iterable[str] = ()) -> str:
     elif match := re.search(r"(?:following arguments are required:|^Key) (\S+)", message):
         # under a subcommand the key starts with its name
         name = match[1].strip('",')
-        given = next((key for key in _keys(options) if name.endswith(key)), name)
-        text = f"expected --{given}, got nothing"
+        given = next((f"--{key}" for key in _keys(options) if name.endswith(key)), name.upper())
+        text = f"expected {given}, got nothing"
     elif match := re.match(r'Parser key "([^"]+)":(.*)', message, re.DOTALL):
         text = f"--{match[1]}: {_value(match[2])}"
     else:

@@ -40,7 +40,7 @@ def test_required_parameters_are_positional_and_keyword_only_ones_options(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "expected --run, got nothing"),
+        ([], "expected RUN, got nothing"),
         (["r"], "expected --out, got nothing"),
         (["r", "--out", "o", "--merg", "true"], "did you mean --merge?"),
         (["r", "--out", "o", "--kind", "c"], "expected one of 'a', 'b', got c"),

@@ -140,9 +140,11 @@ def test_termination(
         done.append(1)
 
     for _ in range(2):
-        assert guarded(action) == code
+        assert guarded(action, resumes=True) == code
     assert done == []
     assert capsys.readouterr().err.count("lit-prune: terminated;") == (2 if rank == "0" else 0)
+    assert guarded(action) == code  # of a command that has nothing to go on from
+    assert "ckpt_path" not in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
