@@ -45,7 +45,12 @@ class GainLossReport(StageCallback):
         rounds: Passes per model for the speed; 0 leaves it out.
         length: Tokens of such a pass.
         prompts: Texts that each model goes on with; three by default, none for an empty list.
+
+    Attributes:
+        reports: That what other callbacks find must be there before this one's turn.
     """
+
+    reports = True
 
     def __init__(
         self,

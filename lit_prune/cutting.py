@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -238,6 +239,9 @@ class CuttingCallback(RemembersOptions, Callback):
             "method": self.method,
             "options": self.options(),
             "sparsity": {"target": self.goal(pl_module), **reached},
+            # so that the same model, and no other of its name, is compared with later
+            "base_local": os.path.exists(os.path.expanduser(pl_module.pretrained)),
+            "base_digest": pl_module._outside.get("digest"),
         }
         before = pl_module.history[-1].get("warnings", []) if self.iteration > 1 else []
         if notes or before:

@@ -76,7 +76,9 @@ def adopt(module: Any, model: Any, widths: Widths | None = None) -> None:
     _check_name(module, model)
     if "model" not in module._modules:
         vars(module)["model"] = model  # no submodule: its weights are saved where they stand
-    module._outside.update(model=model, structure=structure, digest=digest_of(model))
+    streamed = any(parameter.is_meta for parameter in model.parameters())
+    digest = None if streamed else digest_of(model)  # that of a part would be another's
+    module._outside.update(model=model, structure=structure, digest=digest)
     module.layout = Layout.full(structure.widths)
     module.vocab_size = model.config.vocab_size
 

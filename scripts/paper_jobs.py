@@ -189,13 +189,19 @@ def fit_command(job: Job) -> list[str] | None:
     return [*command, "--trainer.default_root_dir", str(job.folder)]
 
 
-def evaluate_command(job: Job) -> list[str]:
-    """Arguments that measure the row."""
+def asked_texts(job: Job) -> tuple[list[str], list[int]]:
+    """Texts and windows that a row's perplexities are to be measured on."""
     named, windows = texts(job.table)
     if job.asked.text is not None and named:
         named = [job.asked.text]
+    return named, windows or [2048]
+
+
+def evaluate_command(job: Job) -> list[str]:
+    """Arguments that measure the row."""
+    named, windows = asked_texts(job)
     command = ["evaluate", job.model if job.row.setup == DENSE else str(job.folder)]
-    command += ["--texts", json.dumps(named), "--windows", json.dumps(windows or [2048])]
+    command += ["--texts", json.dumps(named), "--windows", json.dumps(windows)]
     if job.asked.tokens is not None:
         command += ["--tokens", str(job.asked.tokens)]
     if tasks(job.table):

@@ -10,9 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from paper_jobs import Job, configuration, evaluate_command, fit_command, pruner, public, write
+from paper_jobs import (
+    Job,
+    asked_texts,
+    configuration,
+    evaluate_command,
+    fit_command,
+    pruner,
+    public,
+    write,
+)
 from paper_tables import DENSE, Ours, read
 
+from lit_prune.data.sources import source_name
 from lit_prune.errors import UserError
 
 State = Literal["complete", "pruned", "interrupted", "new"]
@@ -21,8 +31,9 @@ Runner = Callable[[Sequence[str]], tuple[int, str]]
 
 
 def state(job: Job) -> State:
-    """What a row's folder has."""
-    if measured(job) is not None:
+    """What a row's folder has; it is complete if all that is asked for was measured."""
+    entry = _entry(job)
+    if entry is not None and misplaced(job) is None and _is_whole(job, entry):
         return "complete"
     if job.row.setup == DENSE:
         return "new"
@@ -46,6 +57,36 @@ def measured(job: Job) -> Ours | None:
         ours.differs += _fit_differs(at)
         at = at.before
     return ours
+
+
+def _is_whole(job: Job, entry: dict[str, Any]) -> bool:
+    """Whether an entry has all that the row's `evaluate_command` would measure."""
+    found = entry.get("perplexity") or []
+    named, windows = asked_texts(job)
+    if not all(
+        any(_covers(each, source_name(text), window, job.asked.tokens) for each in found)
+        for text in named
+        for window in windows
+    ):
+        return False
+    tasks = entry.get("tasks") or {}
+    folder = job.asked.task_data
+    data = "hub" if folder is None else Path(folder).resolve().name
+    protocol = tasks.get("protocol", {})
+    other = protocol.get("data", "hub") != data or protocol.get("limit") is not None
+    pairs = zip(job.table.columns, read(job.table, entry).values, strict=True)
+    return not any(
+        ("task" in column and (value is None or other)) or ("cost" in column and value is None)
+        for column, value in pairs
+    )
+
+
+def _covers(found: dict[str, Any], text: str, window: int, tokens: int | None) -> bool:
+    """Whether a perplexity is of a text and window, and of as many tokens as are asked for."""
+    if (found["text"], found["window"], found.get("stride", window)) != (text, window, window):
+        return False
+    counts = [n for n in (tokens, found.get("tokenizer_tokens_total")) if n is not None]
+    return not counts or found["tokens"] > min(counts) - window
 
 
 def misplaced(job: Job) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,8 @@ class Ours:
     """What a run has to say about a row.
 
     Attributes:
-        values: In the order of the columns; None for what was not run.
+        values: In the order of the columns; None for what was not run, NaN for a perplexity that
+            is not finite.
         differs: How its protocol differs from the paper's.
     """
 
@@ -137,7 +139,7 @@ def read(table: Table, entry: dict[str, Any]) -> Ours:
         if "perplexity" in column:
             found = _perplexity(table, column, entry.get("perplexity") or [], used)
             if found is not None:
-                value = found["value"]
+                value = math.nan if found["value"] is None else found["value"]
                 ours.differs += _text_differs(column, found)
         elif "task" in column:
             value = _percent(measured.get(column["task"], {}).get(column["metric"]))

@@ -84,6 +84,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not options.list and options.table not in names():
         raise UserError(f"expected --table with one of {', '.join(names())}, got {options.table}")
+    for name in ("samples", "tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"expected --{name} of at least 1, got {value}")
+    if options.task_data is not None and not Path(options.task_data).is_dir():
+        raise UserError(f"expected a folder as --task_data, got {options.task_data}")
     return options
 
 
@@ -116,6 +122,11 @@ def _show(options: argparse.Namespace, runner: Runner | None) -> int:
     show = _markdown if options.markdown else _rich
     show(console, table, heads, lines)
     _below(console, table, notes)
+    for row in (table.row(name) for name in options.row):
+        if row.setup is None:
+            _print(
+                console, f"\n# {row.name}: lit-prune can't run it, only the paper's figures stand"
+            )
     _commands(console, planned)
     return 1 if failed else 0
 
@@ -138,7 +149,7 @@ def _lines(
     """The table's lines, each either the paper's or ours, and what the letters beside ours mean."""
     lines: list[list[str]] = []
     notes: list[str] = []
-    shown = {job.row.name for job in planned} if rows else {row.name for row in table.rows}
+    shown = {*rows, *(job.row.name for job in planned)} if rows else {r.name for r in table.rows}
     for row in table.rows:
         if row.name not in shown:
             continue

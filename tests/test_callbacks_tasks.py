@@ -20,6 +20,7 @@ from lit_prune import PrunableLM, load_pruned
 from lit_prune.callbacks import (
     ExportCheckpoint,
     FASPPruning,
+    GainLossReport,
     LoRARecovery,
     RandomState,
     TaskEvaluation,
@@ -166,8 +167,46 @@ def test_a_strategy_without_a_whole_model_is_refused(
         TaskEvaluation("piqa").setup(trainer, module, "fit")
 
 
-def test_a_mistake_on_one_process_stops_all(tmp_path: Path) -> None:
-    """The other process' part comes over a strategy that stands in for two."""
+def test_a_report_before_it_is_refused(tmp_path: Path) -> None:
+    module: Any = PrunableLM(prepare(tmp_path), dtype="float32")
+    evaluation = TaskEvaluation("piqa", data=str(tmp_path / "tasks"))
+    late = make_trainer(tmp_path, [GainLossReport(), evaluation])
+    with pytest.raises(UserError, match="TaskEvaluation before GainLossReport, got it after"):
+        evaluation.setup(late, module, "fit")
+    evaluation.setup(make_trainer(tmp_path, [evaluation, GainLossReport()]), module, "fit")
+
+
+def test_a_process_waits_for_a_slow_one(tmp_path: Path) -> None:
+    """Longer than the process group's own timeout."""
+    code = """if True:
+        import sys, time
+        from datetime import timedelta
+        import torch.distributed as dist
+        from lit_prune.callbacks import TaskEvaluation
+        file, rank = sys.argv[1], int(sys.argv[2])
+        dist.init_process_group(
+            "gloo", f"file://{file}", timedelta(seconds=2), world_size=2, rank=rank
+        )
+        evaluation = TaskEvaluation("piqa")
+        dist.barrier()
+        for turn in range(2):
+            time.sleep(3 * (rank != turn))
+            found = evaluation._gathered({"of": rank}, 2)
+            assert found == [{"of": 0}, {"of": 1}], found
+        """
+    command = [sys.executable, "-c", code, str(tmp_path / "store")]
+    root = str(Path(__file__).resolve().parent.parent)
+    options: Any = {"stderr": subprocess.PIPE, "text": True, "cwd": root}
+    ranks = [subprocess.Popen([*command, str(rank)], **options) for rank in range(2)]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 0, errors[-2000:]
+
+
+def test_a_mistake_on_one_process_stops_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process' part stands for one that it would send."""
     source = prepare(tmp_path)
     module: Any = PrunableLM(source, dtype="float32")
     module.configure_model()
@@ -176,12 +215,11 @@ def test_a_mistake_on_one_process_stops_all(tmp_path: Path) -> None:
 
     class Two:
         world_size, global_rank, is_global_zero = 2, 1, False
-        strategy: Any
 
-        def broadcast(self, part: Any, src: int) -> Any:
-            return part if src == 1 else "expected a file, got none"
+    def gathered(part: Any, world: int) -> list[Any]:
+        return ["expected a file, got none", part]
 
+    monkeypatch.setattr(evaluation, "_gathered", gathered)
     trainer: Any = Two()
-    trainer.strategy = trainer
     with pytest.raises(UserError, match=r"^expected a file, got none$"):
         evaluation.measure(trainer, module, "dense")

@@ -55,7 +55,9 @@ def plant_config(folder: Path, given: dict[str, str]) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(saved))
 
 
-def evaluation(path: Path, source: str = MODEL, value: float = 31.25, **changed: Any) -> None:
+def evaluation(
+    path: Path, source: str = MODEL, value: float | None = 31.25, **changed: Any
+) -> None:
     """A record of `lit-prune evaluate` with one perplexity."""
     entry = {
         "value": value,
@@ -150,6 +152,14 @@ def test_what_was_measured_in_part_is_shown_in_part(
     assert line[4:] == ["31.25", *["not run"] * 9]
 
 
+def test_a_perplexity_that_is_not_finite_was_run(
+    scripts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation(tmp_path / "fasp-2/dense-smollm2-135m-instruct/evaluation.json", value=None)
+    assert scripts["reproduce"].main(options(tmp_path, "--markdown")) == 0
+    assert cells(capsys.readouterr().out, "Dense", "0%", "ours")[0][4] == "nan"
+
+
 def test_run_skips_what_is_there_and_goes_on(
     scripts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +185,66 @@ def test_run_skips_what_is_there_and_goes_on(
     (stopped / "evaluation.json").unlink()
     assert main(options(tmp_path, "--run"), stub) == 0
     assert [call[0] for call in stub.calls] == ["evaluate"]  # it was pruned already
+
+
+def test_run_fills_what_was_not_measured(scripts: dict[str, Any], tmp_path: Path) -> None:
+    stub, main = Stub(), scripts["reproduce"].main
+    row = options(tmp_path, "--row", "dense", "--run")
+    place = tmp_path / "fasp-2/dense-smollm2-135m-instruct/evaluation.json"
+    wrongs: list[dict[str, Any]] = [
+        {"window": 128, "stride": 128},
+        {"text": "mine.txt"},
+        {"tokens": 4096},
+    ]
+    for wrong in wrongs:
+        evaluation(place, **wrong)
+        stub.calls.clear()
+        assert main(row, stub) == 0
+        assert [call[0] for call in stub.calls] == ["evaluate"], wrong
+    stub.calls.clear()
+    assert main(row, stub) == 0  # now it is there
+    evaluation(place, text="mine.txt", tokens=4096, value=None)  # measured: it has no value
+    assert main([*row, "--text", "some/mine.txt", "--tokens", "5000"], stub) == 0
+    assert not stub.calls
+    assert main([*row, "--text", "some/mine.txt", "--tokens", "9000"], stub) == 0
+    assert stub.calls
+
+
+def test_run_fills_tasks_that_were_not_run(scripts: dict[str, Any], tmp_path: Path) -> None:
+    stub, main = Stub(), scripts["reproduce"].main
+    (tmp_path / "data").mkdir()
+    out = ["--table", "fasp-4", "--model", MODEL, "--out", str(tmp_path), "--row", "dense"]
+    row = [*out, "--run", "--task_data", str(tmp_path / "data")]
+    table = scripts["paper_tables"].load("fasp-4")
+    place = tmp_path / "fasp-4/dense-smollm2-135m-instruct/evaluation.json"
+
+    def calls(data: str, limit: int | None = None, **changed: Any) -> int:
+        done = {
+            name: {"acc": 0.5, "acc_norm": 0.5} for name in scripts["paper_tables"].tasks(table)
+        }
+        evaluation(place)
+        record = json.loads(place.read_text())
+        record["model"]["tasks"] = {"protocol": {}, "tasks": done | changed}
+        record["model"]["tasks"]["protocol"] |= {"data": data, "limit": limit}
+        place.write_text(json.dumps(record))
+        stub.calls.clear()
+        assert main(row, stub) == 0
+        return len(stub.calls)
+
+    assert calls("data") == 0
+    assert calls("other") == 1
+    assert calls("data", limit=9) == 1
+    assert calls("data", boolq={"not_run": "no data"}) == 1
+
+
+def test_a_row_that_has_no_command_shows_the_papers_line(
+    scripts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = options(tmp_path, "--row", "slicegpt-10", "--markdown")
+    assert scripts["reproduce"].main(arguments) == 0
+    text = capsys.readouterr().out
+    assert cells(text, "SliceGPT", "10%", "paper")[0][3:] == ["paper", "35.31"]
+    assert "slicegpt-10: lit-prune can't run it" in text
 
 
 def test_a_failing_row_is_shown_and_the_others_go_on(
@@ -234,6 +304,9 @@ def test_recovery_trains_on_the_row_before(
         ([], "expected --table with one of cce-1"),
         (["--table", "fasp-2", "--row", "fasp-21"], "fasp-20, "),
         (["--table", "fasp-2", "--rnu"], "--rnu"),
+        (["--table", "fasp-2", "--tokens", "-1000"], "--tokens of at least 1, got -1000"),
+        (["--table", "fasp-2", "--samples", "0"], "--samples of at least 1, got 0"),
+        (["--table", "fasp-4", "--task_data", "no/such"], "a folder as --task_data, got no/such"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from lit_prune.evaluation.texts import NAMED
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 MODEL = "embedded:smollm2-135m-instruct"
 _MODULES = ("paper_tables", "paper_jobs")
@@ -77,6 +79,20 @@ def _check_row(table: Any, row: Any) -> None:
         names = [each.name for each in table.rows]
         assert names.index(row.after) < names.index(row.name)
         assert table.row(row.after).sparsity == row.sparsity
+
+
+def test_every_text_is_known_and_ptb_is_that_of_the_papers_code(scripts: dict[str, Any]) -> None:
+    # LLM-Pruner, whose windows of 128 tokens these are, reads PTB's validation split
+    tables = scripts["paper_tables"]
+    found = {
+        (column["perplexity"], column["window"])
+        for table in map(tables.load, tables.names())
+        for column in table.columns
+        if "perplexity" in column
+    }
+    assert {text for text, _ in found} <= set(NAMED)
+    assert ("ptb-validation", 128) in found
+    assert ("ptb", 128) not in found
 
 
 def test_printed_averages_are_those_of_their_tasks(scripts: dict[str, Any]) -> None:
@@ -170,7 +186,7 @@ def test_evaluate_commands_parse(
         with pytest.raises(ParsedError):
             call_function(evaluate.evaluate_model, command[1:], "evaluate")
         if name == "cce-1":
-            assert command[command.index("--texts") + 1] == '["wikitext2", "ptb"]'
+            assert command[command.index("--texts") + 1] == '["wikitext2", "ptb-validation"]'
             assert command[command.index("--windows") + 1] == "[128]"
             assert len(json.loads(command[command.index("--tasks") + 1])) == 7
 

@@ -10,7 +10,13 @@ from typing import Any, Literal
 from lit_prune.console import stdout_console
 from lit_prune.errors import UserError
 from lit_prune.evaluation.cost import cost
-from lit_prune.evaluation.record import FILE, read_record, with_ratios
+from lit_prune.evaluation.record import (
+    FILE,
+    check_writable,
+    fingerprint,
+    read_record,
+    with_ratios,
+)
 from lit_prune.evaluation.skeleton import skeleton
 from lit_prune.reporting import compare as side_by_side
 from lit_prune.reporting.card import public_name
@@ -37,6 +43,7 @@ def compare_models(
     names = _names(models)
     records = [(name, _record(model)) for name, model in zip(names, models, strict=True)]
     if html is not None:
+        check_writable(Path(html).expanduser())
         from lit_prune.reporting.comparison_page import write_comparison
 
         write_comparison(records, Path(html).expanduser())
@@ -59,13 +66,15 @@ def print_comparison(
     columns = side_by_side.columns(records)
     names = [name for name, _ in columns]
     rows = side_by_side.rows([entry for _, entry in columns])
+    notes = side_by_side.notes(records)
     if format == "markdown":
         print(side_by_side.markdown(names, rows))
+        if notes:
+            print("\n" + "\n".join(f"- note: {note}" for note in notes))
         return
     console = stdout_console(_WIDTH)
     console.print(side_by_side.render(names, rows))
-    warnings = dict.fromkeys(note for _, record in records for note in record["warnings"])
-    for note in warnings:
+    for note in notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -82,7 +91,7 @@ def _names(models: Sequence[str]) -> list[str]:
 def _record(model: str) -> dict[str, Any]:
     path = Path(model).expanduser()
     if path.is_file():
-        return read_record(path)
+        return read_record(path) if path.name != FILE else _current(path)
     if not path.is_dir():
         raise UserError(
             f"expected a folder of a run or checkpoint, or a file of lit-prune evaluate, got "
@@ -91,14 +100,31 @@ def _record(model: str) -> dict[str, Any]:
     places = [path, *([path.parent] if path.name == "pruned" else [])]
     for place in places:
         if (place / FILE).is_file():
-            return read_record(place / FILE)
-    checkpoint = path / "pruned" if (path / "pruned/config.json").is_file() else path
-    report = checkpoint.parent / "report.json" if checkpoint.name == "pruned" else None
-    return _unmeasured(checkpoint, report)
+            return _current(place / FILE)
+    return _unmeasured(_checkpoint(path))
 
 
-def _unmeasured(checkpoint: Path, report: Path | None) -> dict[str, Any]:
+def _checkpoint(folder: Path) -> Path:
+    """The checkpoint of a run's folder, or the folder itself."""
+    return folder / "pruned" if (folder / "pruned/config.json").is_file() else folder
+
+
+def _current(path: Path) -> dict[str, Any]:
+    """A record in a run's or checkpoint's folder, unless its weights have changed since."""
+    found = read_record(path)
+    checkpoint = _checkpoint(path.parent)
+    now = fingerprint(checkpoint)
+    if now is None or found["model"].get("files") in (None, now):
+        return found
+    record = _unmeasured(checkpoint)
+    text = f"{FILE} of {public_name(str(path.parent.resolve()))} is of other weights"
+    record["warnings"].append(f"{text}: evaluate it again")
+    return record
+
+
+def _unmeasured(checkpoint: Path) -> dict[str, Any]:
     """A record of a model that was never evaluated: its cost, and what its fit reported."""
+    report = checkpoint.parent / "report.json" if checkpoint.name == "pruned" else None
     structure, model = skeleton(str(checkpoint))
     entry: dict[str, Any] = {
         "source": public_name(str(checkpoint)),
@@ -119,13 +145,17 @@ def _add_report(record: dict[str, Any], path: Path) -> None:
     try:
         report = json_text.loads(path.read_text(encoding="utf-8"))
         protocol, models = report["protocol"], report["models"]
-        final = models.get("recovered", models["pruned"])
+        final = models.get("recovered") or models.get("pruned")  # neither: nothing was cut
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"expected a report of a fit, got {path} ({error}); fit again") from error
     dense = models.get("dense")
-    record["model"]["perplexity"] = [_reported(final, protocol)]
+    record["model"]["perplexity"] = [] if final is None else [_reported(final, protocol)]
     if dense is not None:
-        sizes = {"parameters": dense["parameters"], "weight_bytes": dense["bytes"]}
+        sizes = {
+            "parameters": dense["parameters"],
+            "weight_bytes": dense["bytes"],
+            "dtype": protocol.get("dtype"),
+        }
         record["dense"] = {
             "source": f"dense of {path.parent.name}",
             "digest": None,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_origin, get_type_hints
 
 from lit_prune.cli.guard import guarded
+from lit_prune.errors import UserError
 
 _TRUTHS = ("true", "false", "yes", "no")
 
@@ -64,15 +65,17 @@ def call_function(function: Callable[..., Any], argv: Sequence[str], name: str) 
         )
     switches = {f"--{p.name}" for p in parameters if p.default is False}
     if positionals and get_origin(get_type_hints(function)[parameters[0].name]) is list:
-        argv = _gathered(argv)
+        argv = _gathered(argv, parameters[0].name)
     config = parser.parse_args(_switched(argv, switches))
     values = parser.instantiate(config)
     return function(**{parameter.name: values[parameter.name] for parameter in parameters})
 
 
-def _gathered(argv: Sequence[str]) -> list[str]:
+def _gathered(argv: Sequence[str], name: str) -> list[str]:
     """Make one value of the words before the first option, as a list in JSON."""
     count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    if not count and argv and argv[0] not in ("-h", "--help"):
+        raise UserError(f"expected {name} before the options, got {argv[0]} first; put them there")
     return [*([json.dumps(argv[:count])] if count else []), *argv[count:]]
 
 

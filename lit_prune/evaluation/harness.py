@@ -109,8 +109,9 @@ class _HeldModel(_HFLM):
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         most = self.max_length
-        for (_, answer), context, tokens in requests:
+        for pair, context, tokens in requests:
             if len(tokens) > most:
+                answer = pair[1] if pair else ""  # a window of a rolling text has none
                 raise UserError(
                     f"expected answers of at most {most} tokens, the model's context, got one of "
                     f"{len(tokens)}: {answer.strip()[:40]!r}"

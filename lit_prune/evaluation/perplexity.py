@@ -172,7 +172,8 @@ def perplexity(
         The perplexity, number of predicted tokens and mean nats.
 
     Raises:
-        UserError: No token is predicted, or a batch's loss is NaN or infinite.
+        UserError: No token is predicted, or, as a `NotFiniteError`, a batch's loss is NaN or
+            infinite.
     """
     device = next(model.parameters()).device
     total, count = 0.0, 0
@@ -197,13 +198,17 @@ def perplexity(
     return Perplexity(value=math.exp(mean) if mean < 700 else math.inf, tokens=count, nll=mean)
 
 
+class NotFiniteError(UserError):
+    """A loss is NaN or infinite."""
+
+
 def _require_finite(value: float, index: int, progress: str | None) -> None:
     """Refuse a NaN or infinite loss."""
     if math.isfinite(value):
         return
     kind = "NaN" if math.isnan(value) else "an infinite value"
     where = f" of '{progress}'" if progress else ""
-    raise UserError(
+    raise NotFiniteError(
         f"expected a finite loss, got {kind} in evaluation batch {index}{where}; "
         "check the weights, or evaluate in bfloat16 or float32 instead of float16"
     )

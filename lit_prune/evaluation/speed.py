@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import platform
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,9 +105,9 @@ def generation_speed(
         Name -> `protocol`, `batches` and `peak_memory_bytes`, which is None: see
         `lit_prune.evaluation.footprint`. A batch has `prefill` and `decode`, each with the median
         and range of `tokens_per_second`, of `latency_ms` (of the whole prefill, of one step of
-        decode) and of the `ratio` of tokens/s to dense in the same round, and `faster`: whether all
-        rounds were faster than all of dense's. Those two are None for "dense" and without it. A
-        batch that memory ran out with is `{"not_run": why}`.
+        decode) and of the `ratio` of tokens/s to dense in the same round, and `faster` and
+        `slower`: whether all rounds were faster, or slower, than all of dense's. Those three are
+        None for "dense" and without it. A batch that memory ran out with is `{"not_run": why}`.
 
     Raises:
         UserError: There are fewer than 5 rounds, nothing to do, or too few positions.
@@ -244,12 +246,25 @@ def _protocol(model: Any) -> dict[str, Any]:
         "warmup": 1,
         "threads": torch.get_num_threads(),
         "device": str(weight.device),
+        "processor": _processor(weight.device),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "attention": getattr(model.config, "_attn_implementation", None),
         "turns": True,
         "tokens": f"random ids, seed {_SEED}",
         "prefill_logits": "last token" if _keeps_last(model) else "all tokens",
     }
+
+
+def _processor(device: torch.device) -> str | None:
+    """What the device is called, since another machine's figures are no comparison."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # no Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, None) or platform.processor() or platform.machine() or None
 
 
 def _batch(own: _Taken, dense: _Taken | None, prompt: int, size: int) -> dict[str, Any]:
@@ -270,6 +285,7 @@ def _figures(own: Sequence[float], dense: Sequence[float] | None, tokens: int) -
         "latency_ms": _spread([1000 * seconds for seconds in own]),
         "ratio": dense and _spread([d / o for o, d in zip(own, dense, strict=True)]),
         "faster": dense and max(own) < min(dense),
+        "slower": dense and min(own) > max(dense),
     }
 
 

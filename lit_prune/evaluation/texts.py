@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from lit_prune.data.sources import Source, read_source
 from lit_prune.data.tokens import check_vocabulary, tokenize
 from lit_prune.errors import UserError
-from lit_prune.evaluation.perplexity import IGNORED, perplexity
+from lit_prune.evaluation.perplexity import IGNORED, NotFiniteError, perplexity
+from lit_prune.notes import note
 
 #: Tokens of a batch of windows, as far as windows are shorter.
 _BATCH_TOKENS = 2048
@@ -40,18 +42,21 @@ class NamedText:
     records: int | None = None
 
 
-#: As in the evaluation code that GPTQ, SparseGPT, Wanda and LLM-Pruner share.
+def _penn_treebank(split: str, joint: str) -> NamedText:
+    """The data set is a script, which datasets no longer runs; the hub keeps its tables."""
+    files = {split: f"penn_treebank/{split}/*.parquet"}
+    options = {"revision": "refs/convert/parquet", "data_files": files}
+    return NamedText("ptb-text-only/ptb_text_only", None, split, "sentence", joint, options)
+
+
+#: As papers' code reads them. `ptb` is that of GPTQ and SparseGPT, `ptb-validation` that of
+#: LLM-Pruner and of those that take its figures. Of C4, the code of SparseGPT and Wanda joins the
+#: same 1,100 records, but measures only their first 256 windows: 524,288 tokens of windows of
+#: 2,048, which `tokens` gives; here, all tokens of the records count unless it is given.
 NAMED = {
     "wikitext2": NamedText("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text", "\n\n", {}),
-    # the data set is a script, which datasets no longer runs; the hub keeps its tables
-    "ptb": NamedText(
-        "ptb-text-only/ptb_text_only",
-        "penn_treebank",
-        "test",
-        "sentence",
-        " ",
-        {"revision": "refs/convert/parquet"},
-    ),
+    "ptb": _penn_treebank("test", " "),
+    "ptb-validation": _penn_treebank("validation", "\n\n"),
     "c4": NamedText(
         "allenai/c4",
         None,
@@ -68,7 +73,8 @@ def read_text(name: str, field: str = "text") -> Source:
     """Read a text that a model shall be measured on.
 
     Args:
-        name: ``wikitext2``, ``ptb``, ``c4``, or a source as of `lit_prune.data.sources.locate`.
+        name: ``wikitext2``, ``ptb``, ``ptb-validation``, ``c4``, or a source as of
+            `lit_prune.data.sources.locate`.
         field: The field of records that holds the text.
 
     Returns:
@@ -143,14 +149,15 @@ def text_perplexity(
         `value` (exp of the mean nats of a predicted token), `nll`, `predicted` (how many tokens),
         and the protocol: `text`, `split`, `digest` (of the text, 16 hexadecimal digits), `window`,
         `stride`, `tokens` (in windows), `tokenizer_tokens_total` (of the whole text), `level`,
-        `bos`, `dtype`.
+        `bos`, `dtype`. `value` is None, with a note that says why, where the perplexity or the loss
+        is not finite; of the latter, `nll` is None, too.
 
     Raises:
         UserError: The text is too short, of instructions, or has tokens that the model has not;
             windows are longer than the model's positions.
     """
     stride = window if stride is None else stride
-    _check(model, window, stride)
+    check_windows(model.config, window, stride, tokens)
     if source.examples is not None:
         raise UserError(f"expected a plain text, got instructions in {source.name}; name its field")
     whole = tokenize(source, tokenizer).ids
@@ -162,12 +169,12 @@ def text_perplexity(
             f"expected at least {window} tokens in {source.name}, got {ids.numel()}; give a longer "
             "text or smaller --windows"
         )
-    found = perplexity(model, batches, progress=progress)
+    value, nll = _measured(model, batches, progress, progress or source.name)
     count = sum(len(batch["input_ids"]) for batch in batches)
     return {
-        "value": found.value,
-        "nll": found.nll,
-        "predicted": found.tokens,
+        "value": value,
+        "nll": nll,
+        "predicted": sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches),
         "text": source.name,
         "split": source.split or "whole text",
         "digest": source.digest()[:16],
@@ -181,13 +188,45 @@ def text_perplexity(
     }
 
 
-def _check(model: Any, window: int, stride: int) -> None:
+def _measured(
+    model: nn.Module, batches: list[dict[str, Tensor]], progress: str | None, what: str
+) -> tuple[float | None, float | None]:
+    """Perplexity and nats of a token; None and a note for what is not finite."""
+    try:
+        found = perplexity(model, batches, progress=progress)
+    except NotFiniteError as error:
+        note(f"{what}: {error}")
+        return None, None
+    if math.isfinite(found.value):
+        return found.value, found.nll
+    note(f"{what}: too large for a number, {found.nll:,.1f} nats of a token")
+    return None, found.nll
+
+
+def check_windows(config: Any, window: int, stride: int | None, tokens: int | None) -> None:
+    """Refuse windows that can't be.
+
+    Args:
+        config: The model's config.
+        window: Tokens of a window.
+        stride: Tokens between windows; None for windows that don't overlap.
+        tokens: Only this many from the start of a text; None for all.
+
+    Raises:
+        UserError: A number is out of range, or a window longer than the model's positions.
+    """
+    stride = window if stride is None else stride
     if window < 2 or not 1 <= stride <= window:
         raise UserError(
             "expected windows of at least 2 tokens and a stride from 1 to the window, got "
             f"{window} and {stride}"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
+    if tokens is not None and tokens < window:
+        raise UserError(
+            f"expected at least {window} tokens, those of a window, got {tokens}; give more "
+            "--tokens or smaller --windows"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and window > positions:
         raise UserError(
             f"expected windows of at most {positions} tokens, the model's positions, got {window}; "

@@ -11,6 +11,8 @@ import yaml
 
 from lit_prune.reporting.report import COLUMNS, protocol_line, sparsity_line, table_rows, versions
 
+#: What steps of a lineage say for programs only.
+_FOR_PROGRAMS = ("base_local", "base_digest")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LOCAL = re.compile(r"^(?:/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\)|^file:")
 
@@ -171,7 +173,8 @@ def _history(lineage: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for number, entry in enumerate(lineage, start=1):
         named = {"base": public_name(str(entry["base"]))} if "base" in entry else {}
-        lines.append(f"{number}. {_inline({**entry, **named})}")
+        told = {key: part for key, part in entry.items() if key not in _FOR_PROGRAMS}
+        lines.append(f"{number}. {_inline({**told, **named})}")
     return "\n".join(["## Earlier prunings of this model", "", *lines])
 
 

@@ -9,8 +9,15 @@ from typing import Any
 
 from markupsafe import Markup
 
+from lit_prune.evaluation.texts import protocol
 from lit_prune.reporting import plots
-from lit_prune.reporting.compare import Entry, columns, perplexity_label, rows
+from lit_prune.reporting.compare import columns, notes, rows
+from lit_prune.reporting.compare_rows import (
+    Entry,
+    Key,
+    perplexity_labels,
+    speeds_of,
+)
 from lit_prune.reporting.pages import fill, write
 
 Named = Sequence[tuple[str, Entry]]
@@ -35,7 +42,7 @@ def write_comparison(records: Sequence[tuple[str, Mapping[str, Any]]], path: str
     content = {
         "names": [name for name, _ in named],
         "sections": sections,
-        "warnings": list(dict.fromkeys(note for _, r in records for note in r["warnings"])),
+        "warnings": notes(records),
         "plots": [(title, Markup(svg)) for title, svg in drawn if svg],  # escaped where made
     }
     write(fill("comparison.html.jinja", content), path)
@@ -50,12 +57,13 @@ def sizes_plot(named: Named) -> str | None:
     Returns:
         SVG, or None where no two models can be compared.
     """
+    labels = perplexity_labels(entry for _, entry in named)
     points = [
         {
             "name": name,
             "parameters": entry["cost"]["parameters"],
             "perplexity": each["value"],
-            "protocol": perplexity_label(each),
+            "protocol": labels[protocol(dict(each))],
         }
         for name, entry in named
         for each in entry["perplexity"]
@@ -67,33 +75,46 @@ def sizes_plot(named: Named) -> str | None:
 def widths_plot(named: Named, part: str) -> str | None:
     """Latency against the power of two that divides the FFN widths of all layers.
 
+    Each protocol that at least two models were timed by has lines of its own.
+
     Args:
         named: Names and entries of models.
         part: ``prefill`` or ``decode``.
 
     Returns:
-        SVG, or None where fewer than two models were timed.
+        SVG, or None where fewer than two models were timed alike.
     """
-    points, timed = [], 0
+    timed: dict[Key, list[tuple[int, Mapping[str, Any]]]] = {}
     for _, entry in named:
         widths = (entry["cost"].get("widths") or {}).get("channel")
-        batches = (entry.get("speed") or {}).get("batches") or {}
-        found = {size: batch[part] for size, batch in batches.items() if part in batch}
-        if not widths or not found:
+        if not widths:
             continue
-        timed += 1
-        for size, figures in found.items():
-            stat = figures["latency_ms"]
-            points.append(
-                {
-                    "name": f"batch {size}",
-                    "multiple": power_of_two(widths),
-                    "latency_ms": stat["median"],
-                    "low": stat["low"],
-                    "high": stat["high"],
-                }
-            )
-    return plots.latency_against_multiple(points) if timed > 1 else None
+        for key, speed in speeds_of(entry).items():
+            found = {size: each[part] for size, each in speed["batches"].items() if part in each}
+            if found:
+                timed.setdefault(key, []).append((power_of_two(widths), found))
+    alike = {key: models for key, models in timed.items() if len(models) > 1}
+    labels = _differences(list(alike))
+    points = [
+        {
+            "name": ", ".join(filter(None, (f"batch {size}", labels[key]))),
+            "multiple": multiple,
+            "latency_ms": figures["latency_ms"]["median"],
+            "low": figures["latency_ms"]["low"],
+            "high": figures["latency_ms"]["high"],
+        }
+        for key, models in alike.items()
+        for multiple, found in models
+        for size, figures in found.items()
+    ]
+    return plots.latency_against_multiple(points) if points else None
+
+
+def _differences(protocols: Sequence[Key]) -> dict[Key, str]:
+    """What of protocols, names and values, is not the same in all."""
+    shared = set(protocols[0]).intersection(*protocols) if protocols else set()
+    parts = {key: [each for each in key if each not in shared] for key in protocols}
+    return {key: ", ".join(f"{name} {value}" for name, value in parts[key]) for key in protocols}
 
 
 def power_of_two(widths: Sequence[int]) -> int:

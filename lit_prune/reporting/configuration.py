@@ -13,8 +13,11 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from lit_prune.reporting.card import public
 
-#: Names of options such as a logger's `api_key`.
-_SECRET = re.compile(r"(^|_)(key|token|secret|password)$", re.IGNORECASE)
+#: Names of options such as a logger's `api_key`, but not `tokenizer` or `author`.
+_SECRET = re.compile(
+    r"api_?key|(^|[_-])key$|token(?!iz)|secret|passw|auth(?!or(?!i[sz]))|credential", re.IGNORECASE
+)
+_LOGIN = re.compile(r"(?<=://)[^/\s?#]*@")  # a user's name and password in an address
 
 
 def run_config(trainer: Trainer) -> Any:
@@ -33,15 +36,26 @@ def run_config(trainer: Trainer) -> Any:
         if isinstance(callback, SaveConfigCallback):
             path = Path(trainer.default_root_dir) / callback.config_filename
             if path.is_file():
-                return public(_hidden(yaml.safe_load(path.read_text(encoding="utf-8"))))
+                return public(without_secrets(yaml.safe_load(path.read_text(encoding="utf-8"))))
     return None
 
 
-def _hidden(value: Any) -> Any:
-    """The same with texts that are secrets by their names left out."""
+def without_secrets(value: Any) -> Any:
+    """The same without what is secret by its name, and without logins in addresses.
+
+    Args:
+        value: Nested plain types.
+    """
     if isinstance(value, Mapping):
         return {
-            key: "(hidden)" if isinstance(part, str) and _SECRET.search(str(key)) else _hidden(part)
+            key: "(hidden)" if _is_secret(str(key), part) else without_secrets(part)
             for key, part in value.items()
         }
-    return [_hidden(part) for part in value] if isinstance(value, list) else value
+    if isinstance(value, str):
+        return _LOGIN.sub("", value)
+    return [without_secrets(part) for part in value] if isinstance(value, list) else value
+
+
+def _is_secret(name: str, value: Any) -> bool:
+    """By its name; numbers such as `max_tokens` are none."""
+    return bool(value) and not isinstance(value, (int, float)) and bool(_SECRET.search(name))

@@ -24,6 +24,8 @@ from lit_prune.reporting.report import (
 )
 
 _TEMPLATE = "report.html.jinja"
+#: Parts of a report that may have local paths in them.
+_WITH_PATHS = ("pretrained", "config", "options", "protocol")
 #: Curves that are drawn together: title, whether they are shares, and whether a metric is one.
 _GROUPS: tuple[tuple[str, bool, Any], ...] = (
     ("Loss", False, lambda name: name.endswith("loss")),
@@ -48,8 +50,10 @@ def render(report: Mapping[str, Any]) -> str:
     Args:
         report: As for `write_html`.
     """
-    report = public(as_written(report))
-    return fill(_TEMPLATE, _content(report))
+    written = as_written(report)
+    # only where a path may stand: a text that a model wrote may begin like one
+    paths = {name: public(written[name]) for name in _WITH_PATHS if name in written}
+    return fill(_TEMPLATE, _content({**written, **paths}))
 
 
 def _content(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,8 +228,11 @@ def task_tables(tasks: Mapping[str, Any]) -> dict[str, Any]:
                     cell += "" if error is None else f" ±\N{NO-BREAK SPACE}{error:.4f}"
                     rows.setdefault((task, measure), {})[model] = cell
         for name, average in (found.get("averages") or {}).items():
-            value = average.get("value") if isinstance(average, Mapping) else average
-            rows.setdefault(("average", name), {})[model] = number(value, "{:.4f}")
+            if "not_run" not in average:  # the tasks that it lacks are told where they are
+                measure = f"{name} ({', '.join(average['tasks'])})"
+                rows.setdefault(("average", measure), {})[model] = number(
+                    average["value"], "{:.4f}"
+                )
     names = list(tasks)
     return {
         "models": names,

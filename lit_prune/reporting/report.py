@@ -182,7 +182,7 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _span(ends: Sequence[float] | None) -> str:
-    return "" if not ends else f" ({number(ends[0], '{:,.0f}')} to {number(ends[1], '{:,.0f}')})"
+    return "" if not ends else f" ({number(ends[0], '{:,.0f}')}-{number(ends[1], '{:,.0f}')})"
 
 
 def protocol_line(report: Mapping[str, Any]) -> str:

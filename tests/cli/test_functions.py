@@ -86,3 +86,22 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_command_is_imported_when_it_runs() -> None:
     assert run_command("builtins", "print", ["--help"], "print") in (0, 1, 2)
     assert run_command("lit_prune.no_such_module", "x", [], "x") == 1
+
+
+def gather(models: list[str], *, html: str | None = None) -> Any:
+    """Take several.
+
+    Args:
+        models: Folders.
+        html: A file.
+    """
+    return models, html
+
+
+def test_words_of_a_list_come_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call_function(gather, ["a", "b", "--html", "x"], "gather") == (["a", "b"], "x")
+    for argv in (["--html", "x", "a", "b"], ["--html=x"]):
+        assert run_command(__name__, "gather", argv, "gather") == 2
+        err = capsys.readouterr().err
+        assert "expected models before the options" in err
+        assert err.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,6 +110,7 @@ def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
         board = Board(tmp_path)
         assert board.experiment is None  # Lightning asks before it reads the checkpoint
         if resumes:
+            time.sleep(1.1)  # files are read in the order of the seconds in their names
             board.go_on_from(first)
         for step in range(first, 4):
             board.log_metrics({"loss": step / 2 + resumes}, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,8 @@ def test_it_is_what_a_fit_exports(
     for words in ("channel", "calibrated and pruned in", "peak memory", "stock", "deep/out"):
         assert words in out
     load_pruned(here / "deep/out")
+    step = json.loads((here / "deep/out/lit_prune.json").read_text())["lineage"][-1]
+    assert step["base_digest"] is None  # the weights are never there together
     # the configuration that the fit has written, with all its options
     assert main(["prune-streaming", "--config", "run/config.yaml", "--out", "again"]) == 0
     again = weights(here / "again")

@@ -17,6 +17,7 @@ from lit_prune.evaluation import tasks
 from lit_prune.evaluation.tasks import PAPERS, averages, evaluate_tasks, merged, task_names
 from tests.evaluation.small_tasks import (
     SUBJECT,
+    WORDS,
     make_tokenizer,
     preprocessed,
     records,
@@ -46,6 +47,36 @@ def found(model: Any, folder: Path) -> dict[str, Any]:
 
 def evaluate(model: Any, names: Any, folder: Path, **options: Any) -> dict[str, Any]:
     return evaluate_tasks(model, make_tokenizer(), names, data=folder, progress=False, **options)
+
+
+def test_rolling_texts_are_those_of_a_literal_loop(model: Any, tmp_path: Path) -> None:
+    from lm_eval import tasks as lm_eval_tasks
+
+    from lit_prune.evaluation import harness, task_loading
+
+    pages = [" ".join(WORDS[:5] * number) for number in (1, 7, 200)]  # the last: several windows
+    write(tmp_path, "wikitext", [{"page": page} for page in pages])
+    manager = task_loading._manager((str(Path(next(iter(lm_eval_tasks.__path__))) / "wikitext"),))
+    loaded: Any = task_loading.load_local(manager, "wikitext", tmp_path, None, None)
+    tokenizer, most = make_tokenizer(), 256
+    results, truncated = harness.run(
+        model, tokenizer, loaded.tasks, loaded.groups, limit=None, batch_size=2, progress=None
+    )
+    total, ids = 0.0, []
+    for page in pages:
+        ids = tokenizer(page, add_special_tokens=False)["input_ids"]
+        whole = [tokenizer.bos_token_id, *ids]
+        for start in range(0, len(ids), most):
+            end = min(start + most, len(ids))
+            seen = torch.tensor([whole[max(0, end - most) : end]])
+            logits = model(seen).logits[0, -(end - start) :].log_softmax(-1)
+            total += sum(logits[n, token].item() for n, token in enumerate(ids[start:end]))
+    words = sum(len(page.split()) for page in pages)
+    assert len(ids) > most
+    assert truncated == 0
+    assert results["results"]["wikitext"]["word_perplexity,none"] == pytest.approx(
+        np.exp(-total / words), rel=1e-6
+    )
 
 
 # --- lm-eval by itself -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from lit_prune.data.sources import Source
 from lit_prune.errors import UserError
 from lit_prune.evaluation import texts
 from lit_prune.evaluation.texts import protocol, read_text, text_perplexity, windows
+from lit_prune.notes import noting
 from tests.evaluation.small import tiny_model
 
 TEXT = "the cat sat on the mat and looked at the moon while dogs barked at nothing " * 3
@@ -102,26 +104,47 @@ def test_says_how_it_was_measured() -> None:
         ({"window": 1}, "at least 2 tokens"),
         ({"window": 8, "stride": 9}, "stride from 1 to the window"),
         ({"window": 8, "stride": 0}, "stride from 1 to the window"),
-        ({"window": 8, "tokens": 7}, "at least 8 tokens in t, got 7"),
+        ({"window": 8, "tokens": 7}, "at least 8 tokens, those of a window, got 7"),
+        ({"window": 8, "text": TEXT[:7]}, "at least 8 tokens in t, got 7"),
     ],
 )
 def test_what_can_not_be_measured_is_one_line(options: dict[str, Any], words: str) -> None:
+    source = Source("t", [options.get("text", TEXT)])
+    options = {key: value for key, value in options.items() if key != "text"}
     with pytest.raises(UserError, match=words):
-        text_perplexity(tiny_model().eval(), Letters(), Source("t", [TEXT]), **options)
+        text_perplexity(tiny_model().eval(), Letters(), source, **options)
+
+
+@pytest.mark.parametrize(("scale", "nll"), [(1e5, True), (math.nan, False)])
+def test_what_is_not_finite_is_none_with_a_note(scale: float, nll: bool) -> None:
+    model = tiny_model().eval()
+    model.lm_head.weight.data.mul_(scale)
+    with noting() as notes, pytest.warns(UserWarning, match="t: "):
+        found = text_perplexity(model, Letters(), Source("t", [TEXT]), window=8)
+    assert found["value"] is None
+    assert (found["nll"] is not None) == nll
+    assert found["predicted"] == found["tokens"] // 8 * 7
+    assert json.dumps(found, allow_nan=False)
+    (text,) = notes
+    assert text.startswith("t: ")
 
 
 def test_named_texts_are_joined_as_papers_do(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def load(path: str, config: str | None, **options: Any) -> dict[str, list[str]]:
-        asked.append((path, config, options["split"]))
+        asked.append((path, config, options["split"], options.get("data_files")))
         return {"text": ["a", "", "b"], "sentence": ["x", "y"]}
 
     monkeypatch.setattr("datasets.load_dataset", load)
     assert read_text("wikitext2").documents == ["a\n\n\n\nb"]
     assert read_text("ptb").documents == ["x y"]
+    assert read_text("ptb-validation").documents == ["x\n\ny"]
     assert read_text("c4").documents == ["a  b"]
-    assert [split for _, _, split in asked] == ["test", "test", "validation"]
+    assert [split for _, _, split, _ in asked] == ["test", "test", "validation", "validation"]
+    for name, config, split, files in asked[1:3]:  # the configuration went with the script
+        assert (name, config) == ("ptb-text-only/ptb_text_only", None)
+        assert files == {split: f"penn_treebank/{split}/*.parquet"}
 
 
 def test_a_text_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

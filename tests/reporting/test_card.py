@@ -121,11 +121,11 @@ def test_loading_depends_on_the_class():
 def test_lineage_is_kept_in_order():
     lineage = [
         {"base": "owner/name", "method": "FASP", "sparsity": {"decoder": 0.2000001, "total": 0.1}},
-        {"base": "/home/someone/runs/first/pruned", "method": "magnitude"},
+        {"base": "/home/someone/runs/first/pruned", "method": "magnitude", "base_digest": "a"},
     ]
     card = make_card(lineage=lineage)
     assert "1. base owner/name, method FASP, sparsity (decoder 0.2, total 0.1)\n" in card
-    assert "2. base pruned, method magnitude" in card
+    assert "2. base pruned, method magnitude\n" in card
     assert header(make_card(lineage=lineage, base="/a/b"))["base_model"] == "owner/name"
 
 

@@ -131,7 +131,7 @@ def test_tables_of_tasks_and_widths():
         ["task", "measure", "dense", "recovered"],
         ["piqa", "acc", "0.6543 ±\N{NO-BREAK SPACE}0.0123", "0.5432 ±\N{NO-BREAK SPACE}0.0123"],
         ["piqa", "acc_norm", f"{0.6543 / 2:.4f}", f"{0.5432 / 2:.4f}"],
-        ["average", "acc", "0.6543", "0.5432"],
+        ["average", "acc (piqa)", "0.6543", "0.5432"],
     ]
     assert "mmlu: not run (no few-shot split)" in page.text
     assert page.rows["layers"] == [
@@ -265,6 +265,30 @@ def test_local_paths_stay_out():
     text = render(report)
     assert "someone" not in text
     assert {"x.txt", "t.txt"} <= set(re.findall(r"\w+\.txt", text))
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_what_models_write_is_not_cut_like_a_path():
+    written = {
+        "prompt": "/etc/hosts and so on",
+        "dense": "/usr/bin/env python",
+        "pruned": "~/a b/c",
+    }
+    text = render(full_report(generations=[written]))
+    assert all(part in text for part in written.values())
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_averages_of_other_tasks_are_other_rows():
+    report = full_report()
+    report["findings"]["tasks"]["dense"]["averages"] = {
+        "acc": {"value": 0.25, "tasks": ["piqa", "boolq"]},
+        "papers": {"not_run": "boolq not run"},
+    }
+    assert Page(render(report)).rows["tasks"][3:] == [
+        ["average", "acc (piqa, boolq)", "0.2500", "-"],
+        ["average", "acc (piqa)", "-", "0.5432"],
+    ]
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -128,16 +128,16 @@ def test_file_is_readable_as_any_new_file_is(tmp_path: Path):
 
 def test_rows_are_the_numbers_in_readable_form():
     assert table_rows(make_report()) == [
-        ("dense", "20.00", "1.000", "1,234,567", "2.5", "90 (10 to 110)"),
-        ("pruned", "26.00", "1.300", "1,234,567", "2.5", "90 (10 to 110)"),
-        ("recovered", "22.00", "1.100", "1,234,567", "2.5", "90 (10 to 110)"),
+        ("dense", "20.00", "1.000", "1,234,567", "2.5", "90 (10-110)"),
+        ("pruned", "26.00", "1.300", "1,234,567", "2.5", "90 (10-110)"),
+        ("recovered", "22.00", "1.100", "1,234,567", "2.5", "90 (10-110)"),
     ]
 
 
 def test_what_did_not_run_or_has_no_number_is_said():
     report = make_report(models={"dense": entry(None), "pruned": entry(tokens_per_second=[])})
     assert table_rows(report) == [
-        ("dense", "-", "-", "1,234,567", "2.5", "90 (10 to 110)"),
+        ("dense", "-", "-", "1,234,567", "2.5", "90 (10-110)"),
         ("pruned", "20.00", "-", "1,234,567", "2.5", "-"),
         ("recovered", "not run", "-", "-", "-", "-"),
     ]
