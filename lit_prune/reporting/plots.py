@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -19,6 +20,9 @@ _HEAT = LinearSegmentedColormap.from_list("kept", ["#f4c26b", "#86b89b", "#22628
 _MOST_CELLS = 48
 #: Of a loss, largest divided by least, from which it is drawn on a logarithmic scale.
 _WIDE = 30
+
+#: Characters of a line of a long legend, and of a name beside a point.
+_LEGEND, _NAME = 46, 16
 
 Curve = Sequence[Sequence[Any]]
 
@@ -165,16 +169,31 @@ def perplexity_against_parameters(points: Sequence[Mapping[str, Any]]) -> str:
         SVG.
     """
     kinds = list(dict.fromkeys(str(point["protocol"]) for point in points))
-    with figure(height=3.2) as drawn:
+    ends = [point["parameters"] / 1e6 for point in points] or [0.0]
+    span, middle = (max(ends) - min(ends)) or 1.0, (max(ends) + min(ends)) / 2
+    with figure(height=3.6) as drawn:
         axes: Any = drawn.subplots()
         for kind, color in zip(kinds, cycle(SERIES), strict=False):
             own = [point for point in points if str(point["protocol"]) == kind]
             own = [p for p in own if _known(p["perplexity"])]
             sizes = [point["parameters"] / 1e6 for point in own]
-            axes.scatter(sizes, [p["perplexity"] for p in own], color=color, s=28, label=kind)
-            for size, point in zip(sizes, own, strict=True):
-                at, shift = (size, point["perplexity"]), (5, 5)
-                axes.annotate(point["name"], at, shift, textcoords="offset points", fontsize=8.5)
+            text = textwrap.fill(kind, _LEGEND)
+            axes.scatter(sizes, [p["perplexity"] for p in own], color=color, s=28, label=text)
+            shared: dict[int, list[Mapping[str, Any]]] = {}
+            for size, point in zip(sizes, own, strict=True):  # one label for points side by side
+                shared.setdefault(round(size / span * 12), []).append({**point, "x": size})
+            for near in shared.values():
+                at = (near[-1]["x"], max(point["perplexity"] for point in near))
+                is_right = at[0] > middle
+                label = axes.annotate(
+                    ", ".join(_brief(point["name"]) for point in near),
+                    at,
+                    (-5 if is_right else 5, 5),
+                    textcoords="offset points",
+                    ha="right" if is_right else "left",
+                    fontsize=8.5,
+                )
+                label.set_in_layout(False)
         axes.margins(x=0.18, y=0.15)
         axes.set_xlabel("parameters, millions")
         axes.set_ylabel("perplexity")
@@ -211,6 +230,12 @@ def latency_against_multiple(points: Sequence[Mapping[str, Any]]) -> str:
         axes.margins(x=0.1)
         _legend(axes, 2)
         return inline(drawn, "latency-multiple", "Latency against multiples of widths")
+
+
+def _brief(name: str) -> str:
+    """The end of a long name."""
+    last = name.rstrip("/").rpartition("/")[2].removeprefix("embedded:")
+    return last if len(last) <= _NAME else f"{last[: _NAME - 1]}…"
 
 
 def _legend(axes: Axes, columns: int) -> None:
