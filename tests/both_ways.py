@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,13 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def others(folder: Path) -> dict[str, bytes]:
-    """Every file but the weights and their index."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if ".safetensors" not in p.name}
+    """Every file but the weights and their index.
+
+    The digest of the base is left out: one that is never whole in memory has none.
+    """
+    found = {p.name: p.read_bytes() for p in folder.iterdir() if ".safetensors" not in p.name}
+    found["lit_prune.json"] = re.sub(rb'"base_digest": [^\n]*', b"", found["lit_prune.json"])
+    return found
 
 
 def in_memory(source: str, callback: Any, out: Path, **options: Any) -> Path:
