@@ -234,9 +234,11 @@ def render_table(report: Mapping[str, Any]) -> Table:
 
     table = Table(title=report.get("method") or None)
     for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if index else "left")
+        # narrow terminals wrap headers, but no numbers
+        whole = column in ("parameters", "tokens/s")
+        table.add_column(column, justify="right" if index else "left", no_wrap=whole)
     for row in table_rows(report):
-        table.add_row(*row)
+        table.add_row(*(cell.replace(" (", "\n(") for cell in row))
     return table
 
 
