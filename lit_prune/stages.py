@@ -31,7 +31,7 @@ class StageCallback(Callback):
         Returns:
             Plain types, the same on all processes.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say what it measures")
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Refuse a module that has no model to measure."""

@@ -102,8 +102,8 @@ def generation_speed(
         progress: What a progress bar on stderr says; None for silence.
 
     Returns:
-        Name -> `protocol`, `batches` and `peak_memory_bytes`, which is None: see
-        `lit_prune.evaluation.footprint`. A batch has `prefill` and `decode`, each with the median
+        Name -> `protocol` and `batches` (for memory see
+        `lit_prune.evaluation.footprint`). A batch has `prefill` and `decode`, each with the median
         and range of `tokens_per_second`, of `latency_ms` (of the whole prefill, of one step of
         decode) and of the `ratio` of tokens/s to dense in the same round, and `faster` and
         `slower`: whether all rounds were faster, or slower, than all of dense's. Those three are
@@ -131,7 +131,6 @@ def generation_speed(
                 str(size): _batch(each[name], each.get("dense"), prompt, size)
                 for size, each in taken.items()
             },
-            "peak_memory_bytes": None,
         }
         for name, model in models.items()
     }
