@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +28,6 @@ def test_a_page_that_is_not_there_is_refused(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_report_can_be_read_and_faults_are_found(tmp_path: Path):
-    if importlib.util.find_spec("playwright") is None:
-        pytest.skip("playwright is not installed: pip install playwright")
     good, bad = tmp_path / "good.html", tmp_path / "bad.html"
     text = render(full_report())
     good.write_text(text, encoding="utf-8")
