@@ -22,6 +22,7 @@ class FisherPruning(PruningCallback):
         sparsity: Share of the decoder layers' parameters to remove.
         allocation: As for `lit_prune.pruning.PruningCallback`.
         restoration: Likewise.
+        batch_size: Windows whose activations and gradients are alive at once.
         options: As for `lit_prune.pruning.PruningCallback`.
     """
 
@@ -32,10 +33,15 @@ class FisherPruning(PruningCallback):
         sparsity: float = 0.2,
         allocation: Allocation = "global",
         restoration: Repair = "least_squares",
+        batch_size: int = 1,
         **options: Any,
     ) -> None:
         super().__init__(
-            sparsity=sparsity, allocation=allocation, restoration=restoration, **options
+            sparsity=sparsity,
+            allocation=allocation,
+            restoration=restoration,
+            batch_size=batch_size,
+            **options,
         )
 
     def score(self, calibration: Calibration) -> Scores:
