@@ -8,18 +8,18 @@ from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 
-from lit_prune.allocation import Plan, keep_highest
-from lit_prune.calibrating import Calibration
-from lit_prune.coupled import coupled_scores
-from lit_prune.decision import narrow_stream
-from lit_prune.elimination import Step, plan_course
+from lit_prune.allocation.plan import Plan, keep_highest
+from lit_prune.allocation.ranking import Scores, kept_units
+from lit_prune.calibration.calibration import Calibration
+from lit_prune.cutting.decision import narrow_stream
 from lit_prune.errors import UserError, require_one_of, require_unused
-from lit_prune.lora_gradients import LoRA
+from lit_prune.gradients.lora import LoRA
+from lit_prune.methods.coupled import coupled_scores
+from lit_prune.methods.elimination import Step, plan_course
+from lit_prune.methods.smoothing import Smoothing
 from lit_prune.prunable import Prunable
 from lit_prune.pruning import AxisName, PruningCallback
-from lit_prune.ranking import Scores, kept_units
 from lit_prune.scores.random import seed_of
-from lit_prune.smoothing import Smoothing
 from lit_prune.structure import Layout
 from lit_prune.structure.counting import count, unique_labels
 from lit_prune.structure.norms import NormRescale
@@ -34,9 +34,9 @@ class CoupledComponentPruning(PruningCallback):
     """Ranks what works as products of two weights, evaluating anew in each iteration.
 
     An iteration takes a head and some channels of each layer and some residual features, until the
-    sparsity is reached; see `lit_prune.elimination.plan_course`. With another allocation than
-    ``uniform``, a `per_layer_ratio` or a `multiple`, each takes the same share instead, of which
-    ``hidden`` can't be part.
+    sparsity is reached; see `lit_prune.methods.elimination.plan_course`. With another allocation
+    than ``uniform``, a `per_layer_ratio` or a `multiple`, each takes the same share instead, of
+    which ``hidden`` can't be part.
 
     Source: "Structured Pruning for Large Language Models Using Coupled Components Elimination and
     Minor Fine-tuning".

@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from lit_prune.distillation import distillation_loss
 from lit_prune.errors import UserError, require_unused
-from lit_prune.hidden import HiddenStates, hidden_loss, matching_layers
 from lit_prune.prunable import require
-from lit_prune.quantized import Precision, check_precision
+from lit_prune.recovery.distillation import distillation_loss
+from lit_prune.recovery.hidden import HiddenStates, hidden_loss, matching_layers
+from lit_prune.recovery.quantized import Precision, check_precision
 
 
 class Distillation(Callback):

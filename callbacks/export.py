@@ -7,9 +7,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from lit_prune import opening
 from lit_prune.export import check_destination
 from lit_prune.export.describe import card_of
+from lit_prune.loading import opening
 from lit_prune.prunable import require
 
 

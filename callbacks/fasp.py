@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lit_prune.layerwise import ColumnScore, Repair
+from lit_prune.cutting.layerwise import ColumnScore, Repair
 from lit_prune.pruning import PruningCallback
 from lit_prune.scores.wanda import wanda_scores
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lit_prune.calibrating import Calibration
-from lit_prune.fisher import fisher_scores
-from lit_prune.layerwise import Repair
+from lit_prune.allocation.ranking import Scores
+from lit_prune.calibration.calibration import Calibration
+from lit_prune.cutting.layerwise import Repair
+from lit_prune.methods.fisher import fisher_scores
 from lit_prune.pruning import Allocation, PruningCallback
-from lit_prune.ranking import Scores
 
 
 class FisherPruning(PruningCallback):

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_prune.calibrating import Calibration
-from lit_prune.layerwise import Repair, inputs_of, unit_scores
+from lit_prune.allocation.ranking import Scores
+from lit_prune.calibration.calibration import Calibration
+from lit_prune.calibration.statistics import InputStatistics
+from lit_prune.cutting.layerwise import Repair, inputs_of, unit_scores
 from lit_prune.pruning import Allocation, AxisName, PruningCallback
-from lit_prune.ranking import Scores
 from lit_prune.scores.flap import fluctuation, standardised
-from lit_prune.statistics import InputStatistics
 
 
 class FLAPPruning(PruningCallback):

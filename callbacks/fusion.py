@@ -7,16 +7,16 @@ from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 
-from lit_prune.calibrating import Calibration
+from lit_prune.allocation.protection import ends
+from lit_prune.allocation.ranking import Scores
+from lit_prune.calibration.calibration import Calibration
+from lit_prune.cutting.layerwise import Repair
 from lit_prune.errors import UserError, require_one_of, require_unused
-from lit_prune.layerwise import Repair
-from lit_prune.protection import ends
+from lit_prune.methods.taylor import FisherScale, taylor_scores
 from lit_prune.prunable import Prunable
 from lit_prune.pruning import AxisName, PruningCallback
-from lit_prune.ranking import Scores
 from lit_prune.scores.fusion import Mixing, fuse
 from lit_prune.scores.taylor import Estimate, Weighting
-from lit_prune.taylor import FisherScale, taylor_scores
 
 FusionEstimate = Literal["fusion", "vector", "element1", "element2", "mixed"]
 

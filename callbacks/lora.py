@@ -10,10 +10,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_prune.errors import UserError
-from lit_prune.made_with import differences
+from lit_prune.fitting.made_with import differences
+from lit_prune.fitting.refit import accumulating
 from lit_prune.prunable import require
-from lit_prune.quantized import Precision
-from lit_prune.refit import accumulating
+from lit_prune.recovery.quantized import Precision
 
 
 class LoRARecovery(Callback):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lit_prune.calibrating import Calibration
+from lit_prune.allocation.ranking import Scores
+from lit_prune.calibration.calibration import Calibration
 from lit_prune.errors import require_one_of
 from lit_prune.pruning import PruningCallback
-from lit_prune.ranking import Scores
 from lit_prune.scores.magnitude import magnitude
 from lit_prune.structure.coupling import names_of, per_unit, view
 

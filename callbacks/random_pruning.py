@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lit_prune.calibrating import Calibration
+from lit_prune.allocation.ranking import Scores
+from lit_prune.calibration.calibration import Calibration
 from lit_prune.pruning import PruningCallback
-from lit_prune.ranking import Scores
 from lit_prune.scores.random import random_scores, seed_of
 
 

@@ -15,6 +15,7 @@ from lit_prune.evaluation.perplexity import IGNORED, perplexity
 from lit_prune.evaluation.sizes import weight_bytes
 from lit_prune.evaluation.speed import throughput
 from lit_prune.export.describe import layer_widths
+from lit_prune.fitting.stages import StageCallback
 from lit_prune.memory import fits
 from lit_prune.reporting.card import public_name
 from lit_prune.reporting.configuration import run_config
@@ -29,7 +30,6 @@ from lit_prune.reporting.report import (
     write_report,
 )
 from lit_prune.reporting.samples import PROMPTS, continuations
-from lit_prune.stages import StageCallback
 from lit_prune.structure.counting import count_actual
 
 

@@ -10,8 +10,8 @@ from lightning.pytorch import Trainer
 
 from lit_prune.errors import UserError
 from lit_prune.evaluation.tasks import check_options, evaluate_tasks, merged, task_names
-from lit_prune.refit import check_strategy
-from lit_prune.stages import StageCallback
+from lit_prune.fitting.refit import check_strategy
+from lit_prune.fitting.stages import StageCallback
 
 #: How long a process waits for one with a slower task; a process that dies is noticed at once.
 _PATIENCE = timedelta(days=7)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lit_prune.calibrating import Calibration
+from lit_prune.allocation.ranking import Scores
+from lit_prune.calibration.calibration import Calibration
 from lit_prune.errors import require_one_of, require_unused
+from lit_prune.methods.taylor import FisherScale, taylor_scores
 from lit_prune.pruning import AxisName, PruningCallback
-from lit_prune.ranking import Scores
 from lit_prune.scores.taylor import Reduction
-from lit_prune.taylor import FisherScale, taylor_scores
 
 Single = Literal["vector", "element1", "element2", "mixed"]
 

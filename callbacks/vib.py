@@ -14,20 +14,20 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_prune.adaptation import GATED, DecoderCount, Threshold
-from lit_prune.allocation import uniform
-from lit_prune.bottleneck import Gates, Objective, mask_optimizer
-from lit_prune.calibrating import Calibration
-from lit_prune.decision import narrow_stream
-from lit_prune.distillation import LossTerm, cross_entropy
+from lit_prune.allocation.plan import uniform
+from lit_prune.allocation.ranking import Scores
+from lit_prune.calibration.calibration import Calibration
+from lit_prune.cutting.decision import narrow_stream
 from lit_prune.errors import UserError, require_unused
-from lit_prune.gating import GatedNorms
-from lit_prune.masking import Adaptation, MaskTraining, check_options
+from lit_prune.fitting.ranks import ranks_of
+from lit_prune.fitting.refit import whole
+from lit_prune.masks.adaptation import GATED, DecoderCount, Threshold
+from lit_prune.masks.bottleneck import Gates, Objective, mask_optimizer
+from lit_prune.masks.gating import GatedNorms
+from lit_prune.masks.masking import Adaptation, MaskTraining, check_options
 from lit_prune.prunable import Prunable
 from lit_prune.pruning import AxisName, PruningCallback
-from lit_prune.ranking import Scores
-from lit_prune.ranks import ranks_of
-from lit_prune.refit import whole
+from lit_prune.recovery.distillation import LossTerm, cross_entropy
 from lit_prune.scores import vib
 from lit_prune.structure import Layout
 from lit_prune.structure.counting import unique_labels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lit_prune.layerwise import ColumnScore
+from lit_prune.cutting.layerwise import ColumnScore
 from lit_prune.pruning import PruningCallback
 from lit_prune.scores.wanda import wanda_scores
 

@@ -8,18 +8,13 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lit_prune.calibrating import Calibration
+from lit_prune.allocation.protection import ends
+from lit_prune.allocation.ranking import Scores
+from lit_prune.calibration.calibration import Calibration
+from lit_prune.calibration.statistics import InputStatistics
 from lit_prune.errors import UserError, require_one_of, require_unused
-from lit_prune.protection import ends
-from lit_prune.prunable import Prunable
-from lit_prune.pruning import AxisName, PruningCallback
-from lit_prune.ranking import Scores
-from lit_prune.scores.feature_map import BY_GRADIENT, BY_NORMS, Criterion
-from lit_prune.scores.random import seed_of
-from lit_prune.spsa import GateNoise, Noise, WeightNoise, loss_slopes, windows
-from lit_prune.statistics import InputStatistics
-from lit_prune.structure.coupling import parameter_names
-from lit_prune.zeroth_order import (
+from lit_prune.gradients.spsa import GateNoise, Noise, WeightNoise, loss_slopes, windows
+from lit_prune.methods.zeroth_order import (
     backprop_scores,
     batches_of,
     feature_map_scores,
@@ -28,6 +23,11 @@ from lit_prune.zeroth_order import (
     scored_parts,
     together,
 )
+from lit_prune.prunable import Prunable
+from lit_prune.pruning import AxisName, PruningCallback
+from lit_prune.scores.feature_map import BY_GRADIENT, BY_NORMS, Criterion
+from lit_prune.scores.random import seed_of
+from lit_prune.structure.coupling import parameter_names
 
 Gradient = Literal["zeroth_order", "backprop"]
 Perturb = Literal["weights", "gates"]

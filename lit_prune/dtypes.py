@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lit_prune import recovery
+from lit_prune.recovery import lora
 
 #: Names for the command line; ``auto`` stands for whatever a checkpoint or model has.
 DTYPES = {
@@ -32,7 +32,7 @@ def keeping_dtypes(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if name in module._non_persistent_buffers_set and buffer is not None
     ]
-    adapters = [(parameter, parameter.data) for parameter in recovery.lora_parameters(model)]
+    adapters = [(parameter, parameter.data) for parameter in lora.lora_parameters(model)]
     yield
     for module, name, buffer in buffers:
         new = module._buffers[name]

@@ -8,14 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_prune import opening
 from lit_prune.dtypes import DTYPES
 from lit_prune.errors import UserError
 from lit_prune.evaluation.perplexity import TokenPerplexity
-from lit_prune.pretrained import load_tokenizer
+from lit_prune.fitting.resuming import go_on, settings
+from lit_prune.loading import opening
+from lit_prune.loading.pretrained import load_tokenizer
 from lit_prune.prunable import Prunable
-from lit_prune.resuming import go_on, settings
-from lit_prune.schedule import OptimizerName, Shape, check_settings, optimization
+from lit_prune.recovery.schedule import OptimizerName, Shape, check_settings, optimization
 
 
 class PrunableLM(Prunable):

@@ -9,13 +9,15 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lit_prune import adapters, opening, recovery, state, teacher
-from lit_prune.distillation import LossTerm, cross_entropy
 from lit_prune.dtypes import keeping_dtypes
 from lit_prune.errors import UserError
 from lit_prune.export import export_checkpoint
-from lit_prune.quantized import Precision
-from lit_prune.refit import recut
+from lit_prune.fitting import state
+from lit_prune.fitting.refit import recut
+from lit_prune.loading import opening
+from lit_prune.recovery import adapters, lora, teacher
+from lit_prune.recovery.distillation import LossTerm, cross_entropy
+from lit_prune.recovery.quantized import Precision
 from lit_prune.structure import Layout, Structure
 
 Phase = Literal["dense", "pruned", "recovery", "done"]
@@ -143,7 +145,7 @@ class Prunable(LightningModule):
         return None
 
     def check_length(self, tokens: int, what: str) -> None:
-        """Refuse windows that are too long; see `lit_prune.opening.check_length`."""
+        """Refuse windows that are too long; see `lit_prune.loading.opening.check_length`."""
         opening.check_length(self, tokens, what)
 
     # --- training ------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ class Prunable(LightningModule):
         return self._outside.get("teacher")
 
     def require_teacher(self, precision: Precision = "dense") -> nn.Module:
-        """The dense model on the module's device; see `lit_prune.teacher.require`."""
+        """The dense model on the module's device; see `lit_prune.recovery.teacher.require`."""
         opening.check_adopted(self, Prunable)
         return teacher.require(self, precision)
 
@@ -211,14 +213,14 @@ class Prunable(LightningModule):
         adapters.check(self, options)
 
     def attach_adapter(self, **options: Any) -> None:
-        """Attach LoRA and freeze the rest of the model; see `lit_prune.adapters.attach`."""
+        """Attach LoRA and freeze the rest; see `lit_prune.recovery.adapters.attach`."""
         self.adapter = adapters.attach(self, options)
         self.phase = "recovery"
 
     def finish(self) -> None:
         """Merge the adapter, if there is one; the model is then a plain one, in eval mode."""
         opening.check_adopted(self, Prunable)
-        recovery.merge_lora(self.model)
+        lora.merge_lora(self.model)
         self.model.eval()
         self.phase = "done"
 

@@ -8,17 +8,25 @@ from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Trainer
 
-from lit_prune import decision
-from lit_prune.calibrating import (
+from lit_prune.allocation.planning import check_target, free_share, planned, planned_by
+from lit_prune.allocation.ranking import Scores, kept_units
+from lit_prune.calibration.calibration import (
     Calibration,
     draw_batches,
     require_turns,
     with_smaller_batches,
 )
-from lit_prune.cutting import CuttingCallback, sizes_of
-from lit_prune.distribution import Scored, histograms
-from lit_prune.layerwise import ColumnScore, Repair, Restoration, Ridge, by_columns, prune_layers
-from lit_prune.options import (
+from lit_prune.cutting import decision
+from lit_prune.cutting.callback import CuttingCallback, sizes_of
+from lit_prune.cutting.layerwise import (
+    ColumnScore,
+    Repair,
+    Restoration,
+    Ridge,
+    by_columns,
+    prune_layers,
+)
+from lit_prune.cutting.options import (
     Allocation,
     AxisName,
     RelativeTo,
@@ -26,11 +34,10 @@ from lit_prune.options import (
     check_options,
     reported,
 )
-from lit_prune.planning import check_target, free_share, planned, planned_by
+from lit_prune.fitting.ranks import ranks_of
+from lit_prune.methods.smoothing import batch_by_batch
 from lit_prune.prunable import Prunable
-from lit_prune.ranking import Scores, kept_units
-from lit_prune.ranks import ranks_of
-from lit_prune.smoothing import batch_by_batch
+from lit_prune.reporting.distribution import Scored, histograms
 from lit_prune.structure import Layout
 
 #: Windows set aside for the `sensitivity` allocation, one for every so many calibration windows.
@@ -69,7 +76,7 @@ class PruningCallback(CuttingCallback):
         ridge: What least squares shrinks towards: the kept ``weights``, or ``zero``.
         delta: Its ridge in units of the mean diagonal of the Gram matrix.
         smoothing: Score batch by batch, and multiply importance by its uncertainty over batches
-            (see `lit_prune.smoothing.Smoothing`), instead of one score of all batches.
+            (see `lit_prune.methods.smoothing.Smoothing`), instead of one score of all batches.
         seed: Seed of whatever a method draws.
     """
 

@@ -24,13 +24,13 @@ from bench_process import resident, restart_peak
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from lit_prune import PrunableLM, TextDataModule
-from lit_prune.allocation import Plan, uniform
-from lit_prune.calibration import Stream
+from lit_prune.allocation.plan import Plan, uniform
+from lit_prune.calibration.stream import Stream
 from lit_prune.callbacks import Distillation, ExportCheckpoint, FASPPruning, LoRARecovery
+from lit_prune.cutting.layerwise import Restoration, by_columns, prune_layers
 from lit_prune.evaluation.perplexity import perplexity
-from lit_prune.layerwise import Restoration, by_columns, prune_layers
 from lit_prune.progress import track
-from lit_prune.restoration import Gram, least_squares
+from lit_prune.restoration.least_squares import Gram, least_squares
 from lit_prune.scores import column_scores
 from lit_prune.structure.counting import count_actual, unique_labels
 

@@ -42,9 +42,9 @@ def measure(name: str, data: Path, batch_size: int) -> dict[str, float]:
     from bench_process import resident, restart_peak
 
     from lit_prune import PrunableLM, TextDataModule, callbacks
-    from lit_prune.calibrating import Calibration
+    from lit_prune.calibration.calibration import Calibration
     from lit_prune.evaluation.sizes import weight_bytes
-    from lit_prune.gradients import differentiating, loss_of
+    from lit_prune.gradients.folded import differentiating, loss_of
 
     module = PrunableLM(MODEL, dtype=DTYPE)
     module.configure_model()

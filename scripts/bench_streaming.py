@@ -64,7 +64,7 @@ def make(folder: Path, depth: int) -> str:
 def stream(method: str, source: str, out: Path) -> None:
     """Prune from files to files."""
     from lit_prune import PrunableLM, callbacks
-    from lit_prune.streaming import prune_streaming
+    from lit_prune.streaming.prune import prune_streaming
 
     callback = getattr(callbacks, method)(sparsity=SPARSITY, samples=SAMPLES, length=LENGTH)
     module = PrunableLM(source, dtype="float32")
@@ -74,8 +74,8 @@ def stream(method: str, source: str, out: Path) -> None:
 def in_memory(method: str, source: str, out: Path) -> None:
     """Load, prune and export."""
     from lit_prune import PrunableLM, callbacks
-    from lit_prune.calibrating import Calibration
-    from lit_prune.cutting import sizes_of
+    from lit_prune.calibration.calibration import Calibration
+    from lit_prune.cutting.callback import sizes_of
     from lit_prune.structure import settle
 
     callback = getattr(callbacks, method)(sparsity=SPARSITY, samples=SAMPLES, length=LENGTH)

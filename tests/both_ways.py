@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_prune import PrunableLM
 from lit_prune.export.describe import card_of
-from lit_prune.streaming import prune_streaming
+from lit_prune.streaming.prune import prune_streaming
 from tests.tiny_fit import make_data, make_trainer
 
 #: Rows of the table that need more than one layer at a time, and a word of the reason.

@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from lit_prune.layerwise import ColumnScore
+from lit_prune.allocation.ranking import kept_units, ranked
+from lit_prune.calibration.statistics import InputStatistics
+from lit_prune.cutting.layerwise import ColumnScore
 from lit_prune.pruning import PruningCallback
-from lit_prune.ranking import kept_units, ranked
 from lit_prune.scores.magnitude import magnitude
-from lit_prune.statistics import InputStatistics
 from lit_prune.structure import Layout, cut
 from lit_prune.structure.counting import unique_labels
 from lit_prune.structure.coupling import names_of, per_unit, view

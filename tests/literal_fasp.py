@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_prune.allocation import Plan
-from lit_prune.layerwise import Restoration
+from lit_prune.allocation.plan import Plan
+from lit_prune.cutting.layerwise import Restoration
 from lit_prune.structure import Structure
 
 Batch = dict[str, Tensor]

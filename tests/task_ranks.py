@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lit_prune import PrunableLM
 from lit_prune.callbacks import FASPPruning, LoRARecovery, RandomState, TaskEvaluation
-from lit_prune.sharding import ShardedStrategy
+from lit_prune.fitting.sharding import ShardedStrategy
 from tests.tiny_fit import make_data, make_trainer
 
 NAMES = ["piqa", "arc_easy", "winogrande"]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lit_prune.adaptation import GATED, DecoderCount, Units, decide
 from lit_prune.errors import UserError
+from lit_prune.masks.adaptation import GATED, DecoderCount, Units, decide
 from lit_prune.structure import Layout, Structure, Widths
 from lit_prune.structure.counting import count, unique_labels
 from tests.structure.tiny import FAMILIES, tiny_config

@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from lit_prune.adapter_files import read_adapter, save_adapter
 from lit_prune.errors import UserError
-from lit_prune.recovery import adapter_state, attach_lora
+from lit_prune.recovery.adapter_files import read_adapter, save_adapter
+from lit_prune.recovery.lora import adapter_state, attach_lora
 from tests.structure.tiny import tiny_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

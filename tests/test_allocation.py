@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lit_prune.allocation import TOLERANCE, Plan, keep_highest, uniform
+from lit_prune.allocation.plan import TOLERANCE, Plan, keep_highest, uniform
 from lit_prune.errors import UserError
 from lit_prune.structure import Structure, Widths
 from lit_prune.structure.counting import count, unique_labels

@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lit_prune.allocation import MOST, Axis, axes_of, uniform
+from lit_prune.allocation.plan import MOST, Axis, axes_of, uniform
 from lit_prune.errors import UserError
 from lit_prune.structure import Layout, Structure, cut
 from lit_prune.structure.counting import count, count_actual, unique_labels

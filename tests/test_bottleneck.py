@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_prune.adaptation import GATED, DecoderCount
-from lit_prune.bottleneck import Gates, Objective, mask_optimizer
 from lit_prune.errors import UserError
+from lit_prune.masks.adaptation import GATED, DecoderCount
+from lit_prune.masks.bottleneck import Gates, Objective, mask_optimizer
 from lit_prune.structure import Structure, Widths
 from lit_prune.structure.counting import count, unique_labels
 from tests.structure.tiny import tiny_config

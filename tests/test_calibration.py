@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_prune.calibration import Stream
+from lit_prune.calibration.stream import Stream
 from lit_prune.modes import evaluating
-from lit_prune.restoration import Gram
+from lit_prune.restoration.least_squares import Gram
 from lit_prune.structure import Structure
 from tests.structure.tiny import FAMILIES, tiny_model
 

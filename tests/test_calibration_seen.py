@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_prune.calibration import Stream
+from lit_prune.calibration.stream import Stream
 from tests.structure.tiny import FAMILIES
 from tests.test_calibration import Batch, batches, literal, setup
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from lit_prune import PrunableLM
-from lit_prune.calibrating import Calibration
+from lit_prune.allocation.ranking import Scores
+from lit_prune.calibration.calibration import Calibration
 from lit_prune.callbacks.coupled import CoupledComponentPruning
-from lit_prune.coupled import coupled_scores
-from lit_prune.elimination import plan_course
 from lit_prune.errors import UserError
-from lit_prune.lora_gradients import LoRA
-from lit_prune.ranking import Scores
+from lit_prune.gradients.lora import LoRA
+from lit_prune.methods.coupled import coupled_scores
+from lit_prune.methods.elimination import plan_course
+from lit_prune.methods.smoothing import Smoothing
 from lit_prune.scores.random import seed_of
-from lit_prune.smoothing import Smoothing
 from lit_prune.structure import LayerUnits, Layout, Structure, cut
 from lit_prune.structure.counting import count_actual, unique_labels
 from lit_prune.structure.norms import energies

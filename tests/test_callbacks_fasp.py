@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lit_prune import PrunableLM
-from lit_prune.allocation import uniform
-from lit_prune.calibration import Stream
+from lit_prune.allocation.plan import uniform
+from lit_prune.calibration.stream import Stream
 from lit_prune.callbacks import FASPPruning
+from lit_prune.cutting.layerwise import Restoration, by_columns, prune_layers
 from lit_prune.errors import UserError
-from lit_prune.layerwise import Restoration, by_columns, prune_layers
 from lit_prune.scores import column_scores
 from lit_prune.structure import Structure
 from lit_prune.structure.counting import count_actual, unique_labels

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from lit_prune import PrunableLM
+from lit_prune.allocation.ranking import kept_units, ranked
 from lit_prune.callbacks.fisher import FisherPruning
-from lit_prune.fisher import fisher_scores
-from lit_prune.ranking import kept_units, ranked
+from lit_prune.methods.fisher import fisher_scores
 from lit_prune.structure import Structure
 from lit_prune.structure.counting import unique_labels
 from tests.fasp_ranks import Windows, trainer_of

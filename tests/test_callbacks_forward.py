@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from lit_prune import PrunableLM
-from lit_prune.calibrating import Calibration
+from lit_prune.allocation.ranking import kept_units, ranked
+from lit_prune.calibration.calibration import Calibration
 from lit_prune.callbacks.fasp import FASPPruning
 from lit_prune.callbacks.flap import FLAPPruning
 from lit_prune.callbacks.magnitude import MagnitudePruning
 from lit_prune.callbacks.random_pruning import RandomPruning
 from lit_prune.callbacks.wanda import WandaPruning
 from lit_prune.pruning import PruningCallback
-from lit_prune.ranking import kept_units, ranked
 from lit_prune.scores.magnitude import magnitude
 from lit_prune.scores.random import random_scores, seed_of
 from lit_prune.structure import Structure

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lit_prune import PrunableLM
-from lit_prune.calibrating import Calibration
+from lit_prune.calibration.calibration import Calibration
 from lit_prune.callbacks.fusion import AdaptiveFusionPruning
 from lit_prune.errors import UserError
+from lit_prune.methods.taylor import taylor_scores
 from lit_prune.scores.fusion import fuse
 from lit_prune.structure import Structure
-from lit_prune.taylor import taylor_scores
 from tests.fasp_ranks import trainer_of
 from tests.structure.tiny import tiny_model
 from tests.test_callbacks_taylor import Labelled

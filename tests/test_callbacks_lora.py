@@ -15,11 +15,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lit_prune import Layout, PrunableLM
-from lit_prune.adapter_files import save_adapter
 from lit_prune.callbacks import Distillation, LoRARecovery, RandomState
 from lit_prune.errors import UserError
-from lit_prune.recovery import adapter_state
-from lit_prune.refit import accumulating
+from lit_prune.fitting.refit import accumulating
+from lit_prune.recovery.adapter_files import save_adapter
+from lit_prune.recovery.lora import adapter_state
 from lit_prune.structure import cut
 from tests.structure.tiny import tiny_model
 from tests.tiny_fit import CutAt, assert_same, make_data, make_trainer, save_model

@@ -23,9 +23,9 @@ from lit_prune.callbacks import (
     RandomState,
 )
 from lit_prune.errors import UserError
-from lit_prune.quantized import QuantizedLinear
-from lit_prune.recovery import adapter_state
-from lit_prune.restore import restore
+from lit_prune.fitting.restore import restore
+from lit_prune.recovery.lora import adapter_state
+from lit_prune.recovery.quantized import QuantizedLinear
 from tests.tiny_fit import (
     CutAt,
     Watch,

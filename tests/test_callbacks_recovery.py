@@ -22,7 +22,7 @@ from lit_prune.callbacks import (
     RandomState,
 )
 from lit_prune.errors import UserError
-from lit_prune.recovery import adapter_state, has_lora
+from lit_prune.recovery.lora import adapter_state, has_lora
 from tests.tiny_fit import (
     Watch,
     assert_same,

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from lit_prune import PrunableLM
-from lit_prune.calibrating import Calibration
+from lit_prune.calibration.calibration import Calibration
 from lit_prune.callbacks.fusion import AdaptiveFusionPruning
 from lit_prune.callbacks.taylor import TaylorPruning
+from lit_prune.cutting.layerwise import Ranks
 from lit_prune.errors import UserError
-from lit_prune.layerwise import Ranks
+from lit_prune.methods.taylor import taylor_scores
 from lit_prune.structure import Structure
 from lit_prune.structure.counting import count_actual
-from lit_prune.taylor import taylor_scores
 from tests.fasp_ranks import Windows, trainer_of
 from tests.structure.tiny import tiny_model
 

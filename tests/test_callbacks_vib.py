@@ -11,12 +11,12 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from lit_prune import PrunableLM
-from lit_prune.adaptation import DecoderCount, decide
-from lit_prune.bottleneck import Gates, Objective, mask_optimizer
 from lit_prune.callbacks import Distillation
-from lit_prune.distillation import cross_entropy
-from lit_prune.folding import fold
-from lit_prune.gating import attach
+from lit_prune.masks.adaptation import DecoderCount, decide
+from lit_prune.masks.bottleneck import Gates, Objective, mask_optimizer
+from lit_prune.masks.folding import fold
+from lit_prune.masks.gating import attach
+from lit_prune.recovery.distillation import cross_entropy
 from lit_prune.scores import vib
 from lit_prune.structure import Structure, cut, settle
 from lit_prune.structure.counting import count_actual, unique_labels
@@ -177,7 +177,7 @@ def test_steps_are_those_of_the_optimizer(tmp_path: Path, accumulate: int) -> No
 def test_the_best_masks_are_cut_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
 ) -> None:
-    from lit_prune import masking
+    from lit_prune.masks import masking
 
     monkeypatch.setattr("lit_prune.callbacks.vib._EVERY", 2)
     monkeypatch.setattr(masking, "_NEAR", (-1.0, 1.0))

@@ -14,10 +14,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_prune import PrunableLM
-from lit_prune.bottleneck import Gates
 from lit_prune.callbacks import Distillation, LoRARecovery, RandomState
 from lit_prune.callbacks.vib import VIBPruning
 from lit_prune.errors import UserError
+from lit_prune.masks.bottleneck import Gates
 from tests.structure.tiny import tiny_model
 from tests.tiny_fit import (
     Watch,

@@ -13,21 +13,21 @@ import pytest
 import torch
 
 from lit_prune import PrunableLM
-from lit_prune.calibrating import Calibration
+from lit_prune.calibration.calibration import Calibration
 from lit_prune.callbacks.zeroth import ZerothOrderPruning
+from lit_prune.cutting.layerwise import Ranks
 from lit_prune.errors import UserError
-from lit_prune.layerwise import Ranks
-from lit_prune.scores.random import seed_of
-from lit_prune.spsa import GateNoise, WeightNoise, loss_slopes, windows
-from lit_prune.structure import Structure
-from lit_prune.structure.coupling import parameter_names
-from lit_prune.zeroth_order import (
+from lit_prune.gradients.spsa import GateNoise, WeightNoise, loss_slopes, windows
+from lit_prune.methods.zeroth_order import (
     backprop_scores,
     feature_map_scores,
     gate_scores,
     input_statistics,
     scored_parts,
 )
+from lit_prune.scores.random import seed_of
+from lit_prune.structure import Structure
+from lit_prune.structure.coupling import parameter_names
 from tests.crowded import crowded
 from tests.fasp_ranks import Windows, trainer_of
 from tests.planted import planted, removed_units, share

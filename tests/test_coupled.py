@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_prune.coupled import coupled_scores
+from lit_prune.cutting.layerwise import Ranks
 from lit_prune.errors import UserError
-from lit_prune.layerwise import Ranks
-from lit_prune.lora_gradients import LoRA
-from lit_prune.smoothing import Smoothing
+from lit_prune.gradients.lora import LoRA
+from lit_prune.methods.coupled import coupled_scores
+from lit_prune.methods.smoothing import Smoothing
+from lit_prune.methods.unshared import unshared
 from lit_prune.structure import Structure
 from lit_prune.structure.coupling import names_of, view
-from lit_prune.unshared import unshared
 from tests import literal_coupled
 from tests.planted_components import plant
 from tests.structure.tiny import tiny_model
@@ -199,7 +199,7 @@ def test_channels_alone_need_no_copies_of_keys(monkeypatch: Any) -> None:
     model = tiny_model("llama")
     structure = Structure.of(model)
     whole = coupled_scores(model, structure, sentences(2), ALL, Smoothing())
-    monkeypatch.setattr("lit_prune.coupled.unshared", refuse)
+    monkeypatch.setattr("lit_prune.methods.coupled.unshared", refuse)
     found = coupled_scores(model, structure, sentences(2), ["channel"], Smoothing())
     assert found.keys() == {"channel"}
     for one, other in zip(found["channel"], whole["channel"], strict=True):

@@ -20,7 +20,7 @@ from lit_prune.callbacks import (
     VIBPruning,
     WandaPruning,
 )
-from lit_prune.cutting import sizes_of
+from lit_prune.cutting.callback import sizes_of
 from lit_prune.errors import UserError
 from tests.fasp_ranks import Windows, trainer_of
 from tests.structure.tiny import tiny_model
@@ -73,7 +73,7 @@ def test_two_pruning_callbacks_in_one_fit_are_refused(
 def test_the_time_of_all_cuts_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
     stopwatch = SimpleNamespace(perf_counter=lambda: float(next(clock)))
-    monkeypatch.setattr("lit_prune.refit.time", stopwatch)
+    monkeypatch.setattr("lit_prune.fitting.refit.time", stopwatch)
     module = module_of()
     trainer_of(FASPPruning(0.3, iterations=3, **SMALL)).fit(module, datamodule=Windows())
     assert module.seconds["calibrate_and_prune"] == 3.0

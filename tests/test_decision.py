@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_prune import decision
-from lit_prune.calibrating import Calibration
-from lit_prune.layerwise import Ranks, Restoration, unit_scores
-from lit_prune.sensitivity import loss_rises, shares
-from lit_prune.statistics import InputStatistics
+from lit_prune.allocation.sensitivity import loss_rises, shares
+from lit_prune.calibration.calibration import Calibration
+from lit_prune.calibration.statistics import InputStatistics
+from lit_prune.cutting import decision
+from lit_prune.cutting.layerwise import Ranks, Restoration, unit_scores
 from lit_prune.structure import LayerUnits, Layout, Structure, cut
 from lit_prune.structure.counting import unique_labels
 from tests.literal_fasp import columns, restored

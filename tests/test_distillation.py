@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_prune import distillation
-from lit_prune.distillation import cross_entropy, distillation_loss, hidden_mse
 from lit_prune.errors import UserError
 from lit_prune.evaluation import perplexity as evaluation
+from lit_prune.recovery import distillation
+from lit_prune.recovery.distillation import cross_entropy, distillation_loss, hidden_mse
 
 Case = tuple[Tensor, Tensor, Tensor]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lit_prune.distribution import histograms
+from lit_prune.reporting.distribution import histograms
 from lit_prune.structure.layout import LayerUnits, Layout, Widths
 
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GlmConfig, LlamaConfig
 
-from lit_prune.elimination import Course, Step, plan_course
 from lit_prune.errors import UserError
+from lit_prune.methods.elimination import Course, Step, plan_course
 from lit_prune.structure import Structure, Widths
 from lit_prune.structure.counting import count, unique_labels
 from tests.structure.tiny import tiny_config

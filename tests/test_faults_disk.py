@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lit_prune.adapter_files import save_adapter
 from lit_prune.cli.guard import user_message
 from lit_prune.cli.saving import AtomicCheckpointIO, atomic_write
 from lit_prune.data.cache import cached
 from lit_prune.errors import UserError
 from lit_prune.export import export_checkpoint
-from lit_prune.recovery import attach_lora
+from lit_prune.recovery.adapter_files import save_adapter
+from lit_prune.recovery.lora import attach_lora
 from lit_prune.reporting.report import write_report
 from tests.both_ways import SMALL, streamed
 from tests.foreign_method import DeviationPruning

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from lit_prune import PrunableLM, opening
+from lit_prune import PrunableLM
 from lit_prune.callbacks import (
     ExportCheckpoint,
     FASPPruning,
@@ -22,6 +22,7 @@ from lit_prune.callbacks import (
     RandomPruning,
 )
 from lit_prune.errors import UserError
+from lit_prune.loading import opening
 from tests.both_ways import REFUSED, streamed, weights
 from tests.method_table import METHODS
 from tests.structure.tiny import tiny_model

@@ -11,19 +11,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_prune import notes, tuning
-from lit_prune.allocation import Plan
-from lit_prune.calibrating import Calibration, with_smaller_batches
-from lit_prune.calibration import Stream
-from lit_prune.decision import layer_shares, narrow_stream
+from lit_prune import notes
+from lit_prune.allocation.plan import Plan
+from lit_prune.calibration.calibration import Calibration, with_smaller_batches
+from lit_prune.calibration.statistics import InputStatistics
+from lit_prune.calibration.stream import Stream
+from lit_prune.cutting.decision import layer_shares, narrow_stream
+from lit_prune.cutting.layerwise import Ranks, Repair, Restoration, by_columns, prune_layers
 from lit_prune.errors import UserError
-from lit_prune.layerwise import Ranks, Repair, Restoration, by_columns, prune_layers
-from lit_prune.masking import loss_on
+from lit_prune.masks.masking import loss_on
 from lit_prune.memory import fits, halves, in_halves, is_out_of_memory, shown
 from lit_prune.notes import noting
-from lit_prune.restoration import Gram
+from lit_prune.restoration import tuning
+from lit_prune.restoration.least_squares import Gram
 from lit_prune.scores import column_scores
-from lit_prune.statistics import InputStatistics
 from lit_prune.structure import Layout, Structure
 from tests.crowded import CPU_MESSAGE, TOKENS, batches, crowded, windows
 from tests.structure.tiny import FAMILIES, tiny_model
@@ -179,7 +180,8 @@ def once(function: Any, calls: list[int]) -> Any:
 
 
 @pytest.mark.parametrize(
-    "place", ["torch.var_mean", "lit_prune.tuning.exact_products", "torch.Tensor.addmm_"]
+    "place",
+    ["torch.var_mean", "lit_prune.restoration.tuning.exact_products", "torch.Tensor.addmm_"],
 )
 def test_nothing_is_counted_twice(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, expected = tiny_model("llama"), tiny_model("llama")
@@ -280,7 +282,7 @@ def test_nothing_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_several_processes_can_not_try_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     calibration = Calibration(model, Structure.of(model), batches(4), ("channel",))
-    monkeypatch.setattr("lit_prune.calibrating.several_processes", lambda: True)
+    monkeypatch.setattr("lit_prune.calibration.calibration.several_processes", lambda: True)
 
     def run(own: Calibration) -> None:
         if len(own.batches[0]["input_ids"]) > 2:
@@ -289,7 +291,7 @@ def test_several_processes_can_not_try_again_alone(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match="lower the method's batch_size") as caught:
         with_smaller_batches(calibration, run)
     assert "\n" not in str(caught.value)
-    monkeypatch.setattr("lit_prune.calibrating.several_processes", lambda: False)
+    monkeypatch.setattr("lit_prune.calibration.calibration.several_processes", lambda: False)
     _, smaller = with_smaller_batches(calibration, run)
     assert [len(batch["input_ids"]) for batch in smaller.batches] == [2, 2, 2, 2]
     assert len(calibration.batches) == 2

@@ -11,19 +11,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_prune import PrunableLM, Structure, layerwise
-from lit_prune.allocation import Plan
-from lit_prune.calibration import Stream
+from lit_prune import PrunableLM, Structure
+from lit_prune.allocation.plan import Plan
+from lit_prune.calibration.stream import Stream
 from lit_prune.callbacks import ExportCheckpoint, FASPPruning, GainLossReport, MagnitudePruning
 from lit_prune.cli.saving import LastCheckpoint
+from lit_prune.cutting import layerwise
+from lit_prune.cutting.layerwise import by_columns, prune_layers
+from lit_prune.cutting.wholeness import changing, require_whole
 from lit_prune.errors import UserError
 from lit_prune.export import export_checkpoint
 from lit_prune.export.describe import card_of
-from lit_prune.layerwise import by_columns, prune_layers
+from lit_prune.restoration.unit_scales import unit_scales
 from lit_prune.scores import column_scores
 from lit_prune.structure import cut
-from lit_prune.unit_scales import unit_scales
-from lit_prune.wholeness import changing, require_whole
 from tests.structure.tiny import tiny_model
 from tests.test_faults_fits import fit
 from tests.tiny_fit import make_data, make_tokenizer, make_trainer, save_model, token_ids, uneven

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_prune.fisher import fisher_scores
+from lit_prune.methods.fisher import fisher_scores
 from lit_prune.structure import Structure
 from tests.structure.tiny import tiny_model
 

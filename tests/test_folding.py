@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_prune.adaptation import GATED
-from lit_prune.bottleneck import Gates
 from lit_prune.errors import UserError
-from lit_prune.folding import check_fold, fold
-from lit_prune.gating import attach
+from lit_prune.masks.adaptation import GATED
+from lit_prune.masks.bottleneck import Gates
+from lit_prune.masks.folding import check_fold, fold
+from lit_prune.masks.gating import attach
 from lit_prune.structure import Layout, Structure, cut, settle
 from tests.structure.layouts import varied
 from tests.structure.tiny import FAMILIES, tiny_model

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_prune.adaptation import GATED
-from lit_prune.bottleneck import Gates
-from lit_prune.gating import attach
+from lit_prune.masks.adaptation import GATED
+from lit_prune.masks.bottleneck import Gates
+from lit_prune.masks.gating import attach
 from lit_prune.structure import Layout, Structure
 from lit_prune.structure.gates import masked
 from tests.structure.layouts import varied

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lit_prune.errors import UserError
-from lit_prune.gradients import activation_gradients, labels_of, weight_gradients
+from lit_prune.gradients.folded import activation_gradients, labels_of, weight_gradients
 from lit_prune.structure import Structure
 from lit_prune.structure.coupling import names_of, view
 from tests.structure.tiny import FAMILIES, tiny_model

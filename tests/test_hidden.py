@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_prune import Layout, PrunableLM
 from lit_prune.callbacks import Distillation, LoRARecovery
 from lit_prune.errors import UserError
-from lit_prune.hidden import HiddenStates, hidden_loss, matching_layers
+from lit_prune.recovery.hidden import HiddenStates, hidden_loss, matching_layers
 from lit_prune.structure import cut
 from lit_prune.structure.layout import LayerUnits, Widths
 from tests.structure.tiny import tiny_model

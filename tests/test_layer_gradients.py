@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_prune import layer_gradients as module
 from lit_prune.errors import UserError
-from lit_prune.gradients import weight_gradients
-from lit_prune.layer_gradients import layer_gradients
+from lit_prune.gradients import layerwise as module
+from lit_prune.gradients.folded import weight_gradients
+from lit_prune.gradients.layerwise import layer_gradients
 from lit_prune.structure import Structure
 from tests.literal_taylor import make_batches
 from tests.structure.tiny import FAMILIES, tiny_model

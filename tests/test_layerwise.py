@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_prune import statistics
-from lit_prune.allocation import Plan
-from lit_prune.calibration import Stream
+from lit_prune.allocation.plan import Plan
+from lit_prune.calibration import statistics
+from lit_prune.calibration.stream import Stream
+from lit_prune.cutting.layerwise import Ranks, Restoration, by_columns, prune_layers
 from lit_prune.errors import UserError
-from lit_prune.layerwise import Ranks, Restoration, by_columns, prune_layers
-from lit_prune.restoration import Gram
+from lit_prune.restoration.least_squares import Gram
 from lit_prune.scores import column_scores
 from lit_prune.structure import Layout, Structure, settle
 from tests.literal_fasp import Batch, columns, literal

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lit_prune.allocation import Plan
-from lit_prune.calibration import Stream
-from lit_prune.layerwise import (
+from lit_prune.allocation.plan import Plan
+from lit_prune.calibration.moments import dense_statistics
+from lit_prune.calibration.statistics import InputStatistics
+from lit_prune.calibration.stream import Stream
+from lit_prune.cutting.layerwise import (
     Choice,
     Ranks,
     Restoration,
@@ -22,9 +24,7 @@ from lit_prune.layerwise import (
     prune_layers,
     unit_scores,
 )
-from lit_prune.moments import dense_statistics
 from lit_prune.scores import column_scores
-from lit_prune.statistics import InputStatistics
 from lit_prune.structure import Layout, Structure
 from lit_prune.structure.biases import biased
 from tests.literal_fasp import columns

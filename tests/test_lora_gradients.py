@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import UserError
-from lit_prune.gradients import weight_gradients
-from lit_prune.lora_gradients import Factors, LoRA, lora_gradients
-from lit_prune.recovery import attach_lora, lora_parameters
+from lit_prune.gradients.folded import weight_gradients
+from lit_prune.gradients.lora import Factors, LoRA, lora_gradients
+from lit_prune.methods.unshared import unshared
+from lit_prune.recovery.lora import attach_lora, lora_parameters
 from lit_prune.structure import Structure
 from lit_prune.structure.coupling import names_of, view
-from lit_prune.unshared import unshared
 from tests.structure.tiny import tiny_model
 
 Rows = dict[str, Tensor]

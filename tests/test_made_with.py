@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_prune import PrunableLM
 from lit_prune.callbacks import FASPPruning, LoRARecovery, MagnitudePruning
 from lit_prune.errors import UserError
-from lit_prune.made_with import RemembersOptions, differences
+from lit_prune.fitting.made_with import RemembersOptions, differences
 from tests.method_table import METHODS
 from tests.tiny_fit import make_data, make_trainer, save_model
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_prune.adaptation import GATED, DecoderCount
-from lit_prune.bottleneck import Gates, Objective, mask_optimizer
-from lit_prune.distillation import cross_entropy
+from lit_prune.cutting.layerwise import Ranks
 from lit_prune.errors import UserError
-from lit_prune.folding import fold
-from lit_prune.layerwise import Ranks
-from lit_prune.masking import Adaptation, MaskTraining, loss_on
+from lit_prune.masks.adaptation import GATED, DecoderCount
+from lit_prune.masks.bottleneck import Gates, Objective, mask_optimizer
+from lit_prune.masks.folding import fold
+from lit_prune.masks.masking import Adaptation, MaskTraining, loss_on
+from lit_prune.recovery.distillation import cross_entropy
 from lit_prune.scores import vib
 from lit_prune.structure import Layout, Structure, cut, settle
 from lit_prune.structure.counting import unique_labels

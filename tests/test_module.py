@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from lit_prune import PrunableLM, load_pruned
 from lit_prune.callbacks import ExportCheckpoint, FASPPruning, LoRARecovery
-from lit_prune.distillation import cross_entropy
 from lit_prune.errors import UserError
 from lit_prune.evaluation.perplexity import perplexity
-from lit_prune.schedule import warmed_up
+from lit_prune.recovery.distillation import cross_entropy
+from lit_prune.recovery.schedule import warmed_up
 from lit_prune.structure import cut
 from tests.structure.tiny import tiny_model
 from tests.tiny_fit import (

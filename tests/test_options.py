@@ -24,7 +24,7 @@ from lit_prune.callbacks import (
 )
 from lit_prune.cli.main import set_sparsity
 from lit_prune.errors import UserError
-from lit_prune.opening import adopt
+from lit_prune.loading.opening import adopt
 from lit_prune.structure import Layout, Structure, cut
 from tests.fasp_ranks import Windows, trainer_of
 from tests.structure.tiny import tiny_model
@@ -319,7 +319,7 @@ def test_an_even_plan_is_not_asked_of_the_global_allocation(
     def refuse(*_: Any, **__: Any) -> Any:
         raise UserError("expected another target")
 
-    monkeypatch.setattr("lit_prune.planning.uniform", refuse)
+    monkeypatch.setattr("lit_prune.allocation.planning.uniform", refuse)
     fitted(WandaPruning(0.2, allocation="global", **SMALL))
     with pytest.raises(UserError, match="another target"):
         fitted(WandaPruning(0.2, **SMALL))

@@ -19,8 +19,8 @@ from transformers import (
 
 from lit_prune.errors import UserError
 from lit_prune.export import export_checkpoint
-from lit_prune.pretrained import load_config, load_pretrained, load_tokenizer, resolve
-from lit_prune.source_errors import said_in_one_line
+from lit_prune.loading.pretrained import load_config, load_pretrained, load_tokenizer, resolve
+from lit_prune.loading.source_errors import said_in_one_line
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 32,

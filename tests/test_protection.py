@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lit_prune.protection import ends
+from lit_prune.allocation.protection import ends
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lit_prune import Prunable, PrunableLM
 from lit_prune.callbacks import LoRARecovery, WandaPruning
-from lit_prune.distillation import cross_entropy
 from lit_prune.errors import UserError
+from lit_prune.recovery.distillation import cross_entropy
 from tests.own_project import OwnData, Tempered
 from tests.structure.tiny import tiny_model
 from tests.tiny_fit import CutAt, assert_same, logits, make_tokenizer, make_trainer, parameters

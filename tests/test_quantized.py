@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.errors import UserError
-from lit_prune.quantized import QuantizedLinear, bitsandbytes, check_precision
+from lit_prune.recovery.quantized import QuantizedLinear, bitsandbytes, check_precision
 
 SIZES = [(24, 16), (7, 13), (64, 128), (1, 1), (3, 50)]
 PRECISIONS = ["8bit", "4bit"]
@@ -210,6 +210,6 @@ def test_what_is_not_known_or_not_installed_is_refused(monkeypatch: pytest.Monke
 
 
 def test_importing_is_silent():
-    command = [sys.executable, "-c", "import lit_prune.recovery, bitsandbytes"]
+    command = [sys.executable, "-c", "import lit_prune.recovery.lora, bitsandbytes"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")

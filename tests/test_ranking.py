@@ -10,9 +10,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lit_prune.allocation import TOLERANCE, Plan
+from lit_prune.allocation.plan import TOLERANCE, Plan
+from lit_prune.allocation.ranking import Scores, aligned, kept_units, ranked
 from lit_prune.errors import UserError
-from lit_prune.ranking import Scores, aligned, kept_units, ranked
 from lit_prune.structure import Structure, Widths
 from lit_prune.structure.counting import count, unique_labels
 from lit_prune.structure.dims import PER_GROUP

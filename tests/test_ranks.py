@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lit_prune.errors import UserError
-from lit_prune.ranks import ranks_of
+from lit_prune.fitting.ranks import ranks_of
 
 
 def strategy(name: str, devices: int = 2) -> object:

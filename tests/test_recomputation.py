@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_prune.recomputation import without_dropout
+from lit_prune.recovery.recomputation import without_dropout
 from lit_prune.structure import Structure
 from tests.structure.tiny import FAMILIES, tiny_config, tiny_model
 from tests.tiny_fit import token_ids

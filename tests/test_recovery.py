@@ -13,9 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_prune.adapter_files import save_adapter
 from lit_prune.errors import UserError
-from lit_prune.recovery import (
+from lit_prune.recovery.adapter_files import save_adapter
+from lit_prune.recovery.lora import (
     adapter_state,
     attach_lora,
     check_adapter,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.errors import UserError
-from lit_prune.restoration import Gram, least_squares
+from lit_prune.restoration.least_squares import Gram, least_squares
 
 Ridge = Literal["weights", "zero"]
 RIDGES: tuple[Ridge, ...] = ("weights", "zero")

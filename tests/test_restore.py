@@ -11,7 +11,7 @@ import torch
 
 from lit_prune.cli.checkpoints import find_checkpoint
 from lit_prune.errors import UserError
-from lit_prune.restore import last_checkpoint
+from lit_prune.fitting.restore import last_checkpoint
 
 
 def write(run: Path, name: str, step: int, age: float = 0.0, **more: Any) -> Path:

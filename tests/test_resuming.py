@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_prune import PrunableLM
 from lit_prune.callbacks import FASPPruning, LoRARecovery
 from lit_prune.errors import UserError
-from lit_prune.resuming import go_on, settings
+from lit_prune.fitting.resuming import go_on, settings
 from tests.tiny_fit import Watch, assert_same, make_data, make_trainer, save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")

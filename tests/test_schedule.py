@@ -12,7 +12,7 @@ from torch import nn
 
 from lit_prune import PrunableLM
 from lit_prune.errors import UserError
-from lit_prune.schedule import check_settings, make_optimizer, warmed_up
+from lit_prune.recovery.schedule import check_settings, make_optimizer, warmed_up
 from tests.structure.tiny import tiny_model
 from tests.tiny_fit import Watch, make_data, make_tokenizer, make_trainer
 

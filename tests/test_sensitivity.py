@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_prune.allocation import Plan
-from lit_prune.calibration import Stream
+from lit_prune.allocation.plan import Plan
+from lit_prune.allocation.sensitivity import TRIAL, loss_rises, shares
+from lit_prune.calibration.statistics import InputStatistics
+from lit_prune.calibration.stream import Stream
+from lit_prune.cutting.layerwise import Ranks, Restoration, by_columns, prune_layers, unit_scores
 from lit_prune.errors import UserError
-from lit_prune.layerwise import Ranks, Restoration, by_columns, prune_layers, unit_scores
 from lit_prune.scores import column_scores
-from lit_prune.sensitivity import TRIAL, loss_rises, shares
-from lit_prune.statistics import InputStatistics
 from lit_prune.structure import Structure
 from tests.literal_fasp import columns
 from tests.structure.layouts import cuttable

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM
 
 from lit_prune.cli.main import run
 from lit_prune.errors import UserError
-from lit_prune.refit import STRATEGIES, check_strategy
-from lit_prune.sharding import ShardedStrategy, _check
+from lit_prune.fitting.refit import STRATEGIES, check_strategy
+from lit_prune.fitting.sharding import ShardedStrategy, _check
 from tests import sharded_fit
 from tests.sharded_fit import FITS, RESUMED
 from tests.structure.tiny import tiny_model

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lit_prune.errors import UserError
-from lit_prune.shards import INDEX_FILE, ShardReader, ShardWriter
+from lit_prune.streaming.shards import INDEX_FILE, ShardReader, ShardWriter
 
 
 def write(folder: Path) -> dict[str, torch.Tensor]:

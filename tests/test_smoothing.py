@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.errors import UserError
-from lit_prune.smoothing import Smoothing
+from lit_prune.methods.smoothing import Smoothing
 
 
 def batches(number: int = 5, seed: int = 0) -> list[dict[str, list[Tensor]]]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lit_prune import PrunableLM
-from lit_prune.calibrating import Calibration
+from lit_prune.allocation.ranking import Scores, kept_units, ranked
+from lit_prune.calibration.calibration import Calibration
 from lit_prune.callbacks import (
     CoupledComponentPruning,
     FASPPruning,
@@ -24,10 +25,9 @@ from lit_prune.callbacks import (
     WandaPruning,
     ZerothOrderPruning,
 )
+from lit_prune.cutting.layerwise import Ranks
 from lit_prune.errors import UserError
-from lit_prune.layerwise import Ranks
-from lit_prune.ranking import Scores, kept_units, ranked
-from lit_prune.smoothing import Smoothing, batch_by_batch
+from lit_prune.methods.smoothing import Smoothing, batch_by_batch
 from lit_prune.structure import Structure
 from lit_prune.structure.counting import unique_labels
 from tests.fasp_ranks import Windows, trainer_of

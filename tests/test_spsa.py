@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import UserError
-from lit_prune.spsa import GateNoise, WeightNoise, loss_slopes, normal
+from lit_prune.gradients.spsa import GateNoise, WeightNoise, loss_slopes, normal
+from lit_prune.methods.zeroth_order import scored_parts
 from lit_prune.structure import Structure
 from lit_prune.structure.coupling import parameter_names
-from lit_prune.zeroth_order import scored_parts
 from tests.spsa_cases import BOTH, cosine, loss, samples
 from tests.structure.tiny import tiny_model
 

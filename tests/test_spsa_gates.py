@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_prune.spsa import GateNoise, loss_slopes, windows
+from lit_prune.gradients.spsa import GateNoise, loss_slopes, windows
 from lit_prune.structure import Structure
 from tests.literal_fasp import columns
 from tests.spsa_cases import BOTH, cosine, loss, samples

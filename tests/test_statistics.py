@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_prune.calibration.statistics import InputStatistics, require_finite
 from lit_prune.errors import UserError
-from lit_prune.statistics import InputStatistics, require_finite
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lit_prune import callbacks, load_pruned
-from lit_prune.shards import ShardReader
-from lit_prune.shelf import Shelf
-from lit_prune.statistics import InputStatistics
+from lit_prune.calibration.statistics import InputStatistics
+from lit_prune.streaming.shards import ShardReader
+from lit_prune.streaming.shelf import Shelf
 from tests.both_ways import (
     REFUSED,
     SMALL,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_prune.gradients import weight_gradients
+from lit_prune.gradients.folded import weight_gradients
+from lit_prune.methods.taylor import taylor_scores
 from lit_prune.scores.taylor import ESTIMATES, Estimate
 from lit_prune.structure import Structure
 from lit_prune.structure.coupling import names_of, view
-from lit_prune.taylor import taylor_scores
 from tests.literal_taylor import Literal, loss_of, make_batches
 from tests.structure.tiny import tiny_model
 

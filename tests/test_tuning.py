@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_prune.calibration import Stream
-from lit_prune.layerwise import Ranks, Restoration, as_decided, prune_layers
+from lit_prune.calibration.stream import Stream
+from lit_prune.cutting.layerwise import Ranks, Restoration, as_decided, prune_layers
 from lit_prune.notes import noting
 from lit_prune.structure import Layout, Structure
 from tests.literal_fasp import columns

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.errors import UserError
-from lit_prune.unit_scales import unit_scales
+from lit_prune.restoration.unit_scales import unit_scales
 
 OWNERS = {
     "heads": torch.arange(12) // 3,
@@ -89,7 +89,9 @@ def test_a_unit_makes_up_for_one_that_is_gone_and_did_the_same(name: str) -> Non
 
 @pytest.mark.parametrize("factor", [9.5, -9.5, 10.5, -10.5])
 def test_scales_out_of_range_end_the_tuning(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_prune.unit_scales._DELTA", 1e-7)  # the ridge draws scales towards 1
+    monkeypatch.setattr(
+        "lit_prune.restoration.unit_scales._DELTA", 1e-7
+    )  # the ridge draws scales towards 1
     weight, x, _ = case()
     scales = found(weight, x, factor * (x @ weight.T), OWNERS["heads"])
     assert (scales is None) == (abs(factor) > 10)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import UserError
-from lit_prune.gradients import weight_gradients
+from lit_prune.gradients.folded import weight_gradients
+from lit_prune.methods.unshared import unshared
 from lit_prune.structure import Layout, Structure, cut
-from lit_prune.unshared import unshared
 from tests.structure.tiny import FAMILIES, tiny_model
 
 Rows = dict[str, Tensor]

@@ -9,11 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_prune.spsa import GateNoise
-from lit_prune.structure import Structure
-from lit_prune.structure.coupling import parameter_names
-from lit_prune.structure.dims import PER_GROUP
-from lit_prune.zeroth_order import (
+from lit_prune.gradients.spsa import GateNoise
+from lit_prune.methods.zeroth_order import (
     backprop_scores,
     batches_of,
     feature_map_scores,
@@ -22,6 +19,9 @@ from lit_prune.zeroth_order import (
     scored_parts,
     together,
 )
+from lit_prune.structure import Structure
+from lit_prune.structure.coupling import parameter_names
+from lit_prune.structure.dims import PER_GROUP
 from tests.literal_fasp import columns, inputs_of
 from tests.structure.tiny import tiny_model
 

@@ -16,8 +16,8 @@ from lit_prune.evaluation.measuring import Asked, Place, device_of
 from lit_prune.evaluation.record import added, check_writable, read_record, write_record
 from lit_prune.evaluation.texts import read_text
 from lit_prune.export import read_lineage
+from lit_prune.loading.pretrained import resolve
 from lit_prune.notes import note, noting
-from lit_prune.pretrained import resolve
 from lit_prune.reporting.report import versions
 
 AUTO, NONE = "auto", "none"

@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lit_prune.adapter_files import save_adapter
 from lit_prune.cli.guard import say
 from lit_prune.console import stdout_console
 from lit_prune.errors import UserError
 from lit_prune.export.describe import card_of
 from lit_prune.files import folder_errors, written_at_once
+from lit_prune.fitting.restore import model_options, restore
 from lit_prune.module import PrunableLM
-from lit_prune.recovery import lora_parameters, remove_lora
+from lit_prune.recovery.adapter_files import save_adapter
+from lit_prune.recovery.lora import lora_parameters, remove_lora
 from lit_prune.reporting.report import load_lines
-from lit_prune.restore import model_options, restore
 from lit_prune.structure.counting import count_actual
 
 BASE, ADAPTER = "base", "adapter"

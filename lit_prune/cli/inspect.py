@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lit_prune.allocation import uniform
+from lit_prune.allocation.plan import uniform
 from lit_prune.console import stdout_console
 from lit_prune.errors import UserError
 from lit_prune.evaluation.sizes import axis_sizes, expected, reachable, totals

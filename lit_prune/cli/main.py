@@ -27,7 +27,7 @@ from lit_prune.cli.runfolder import RunFolder
 from lit_prune.cli.runlog import Board, KeepMetrics, RunLog
 from lit_prune.cli.saving import AtomicCheckpointIO, RunConfigCallback, add_checkpoints
 from lit_prune.errors import UserError
-from lit_prune.refit import STRATEGIES, check_strategy
+from lit_prune.fitting.refit import STRATEGIES, check_strategy
 
 DEFAULT_FOLDER = "lit-prune-run"
 _DESCRIPTIONS = {

@@ -22,7 +22,7 @@ from lit_prune.errors import UserError
 from lit_prune.module import PrunableLM
 from lit_prune.pruning import PruningCallback
 from lit_prune.reporting.report import load_lines
-from lit_prune.streaming import prune_streaming
+from lit_prune.streaming.prune import prune_streaming
 
 _DESCRIPTION = (
     "Prune a model larger than memory, layer by layer from its safetensors files to those of "

@@ -15,7 +15,7 @@ import torch
 from lit_prune.errors import UserError
 from lit_prune.evaluation.speed import decode, prefill, random_prompts
 from lit_prune.heap import give_back
-from lit_prune.pretrained import load_pretrained
+from lit_prune.loading.pretrained import load_pretrained
 
 _STATUS = Path("/proc/self/status")
 _RESTART = Path("/proc/self/clear_refs")
@@ -41,7 +41,7 @@ def footprint(
     system can restart it (Linux). On CUDA they are the bytes of torch's tensors on the device.
 
     Args:
-        source: See `lit_prune.pretrained.load_pretrained`.
+        source: See `lit_prune.loading.pretrained.load_pretrained`.
         dtype: Name of the parameters' dtype; "auto" for the checkpoint's.
         device: Where it runs.
         batch_size: Prompts at once.

@@ -19,9 +19,9 @@ from lit_prune.evaluation.record import FILE, fingerprint
 from lit_prune.evaluation.speed import generation_speed
 from lit_prune.evaluation.texts import check_windows, text_perplexity
 from lit_prune.export import read_lineage
+from lit_prune.loading.opening import digest_of
+from lit_prune.loading.pretrained import load_config, load_pretrained, resolve
 from lit_prune.notes import note
-from lit_prune.opening import digest_of
-from lit_prune.pretrained import load_config, load_pretrained, resolve
 from lit_prune.reporting.card import public_name
 from lit_prune.structure import Structure, Widths
 
@@ -31,7 +31,7 @@ class Place:
     """Where a model is and where its figures go.
 
     Attributes:
-        source: As of `lit_prune.pretrained.load_pretrained`.
+        source: As of `lit_prune.loading.pretrained.load_pretrained`.
         name: What it is called, without folders of this machine.
         record: The file of its figures, or None where it has no folder of its own.
         named: Whether the user gave it; otherwise, a checkpoint names it.

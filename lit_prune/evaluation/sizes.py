@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lit_prune.allocation import Plan
+from lit_prune.allocation.plan import Plan
 from lit_prune.modes import evaluating
 from lit_prune.structure import Layout, Structure, Widths, cut, settle
 from lit_prune.structure.counting import count, count_actual, count_macs, unique_labels

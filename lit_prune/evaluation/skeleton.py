@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from lit_prune.export.load import build_pruned
-from lit_prune.pretrained import load_config, resolve
-from lit_prune.source_errors import said_in_one_line
+from lit_prune.loading.pretrained import load_config, resolve
+from lit_prune.loading.source_errors import said_in_one_line
 from lit_prune.structure import Structure, Widths
 from lit_prune.structure.families import find_family
 
@@ -19,7 +19,7 @@ def skeleton(source: str, access: Mapping[str, bool] | None = None) -> tuple[Str
     """A model as its config describes it, on meta: no weights are read or made.
 
     Args:
-        source: See `lit_prune.pretrained.load_pretrained`.
+        source: See `lit_prune.loading.pretrained.load_pretrained`.
         access: Its `trust_remote_code` and `token`.
 
     Returns:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import transformers
 
+from lit_prune.cutting.wholeness import require_whole
 from lit_prune.errors import UserError
 from lit_prune.export import modeling_lit_pruned as pruned
 from lit_prune.export.trial import compare, differences, stock_class, stock_config, stock_trial
 from lit_prune.files import folder_errors, written_at_once
-from lit_prune.wholeness import require_whole
 
 #: Our own file in an export; config.json of a stock export stays stock.
 LINEAGE_FILE = "lit_prune.json"

@@ -80,7 +80,8 @@ def score_histogram(axis: str, histogram: Mapping[str, Any]) -> str:
 
     Args:
         axis: Its name.
-        histogram: `log10`, `edges`, `kept`, `removed` and `zeros`; see `lit_prune.distribution`.
+        histogram: `log10`, `edges`, `kept`, `removed` and `zeros`, as
+            `lit_prune.reporting.distribution` makes them.
 
     Returns:
         SVG.

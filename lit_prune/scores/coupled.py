@@ -109,7 +109,7 @@ def component_scores(
 
     Args:
         weights: Rows by role as of `lit_prune.structure.coupling.view`, of a model in which each
-            query head has keys and values of its own (see `lit_prune.unshared`).
+            query head has keys and values of its own (see `lit_prune.methods.unshared`).
         gradients: The loss' gradients of them.
         axes: What shall be scored: ``group`` or ``query``, ``channel``, ``hidden``.
 

@@ -18,7 +18,7 @@ and up are equal and one sum inside would count the unit twice.
 Memory: the average stands outside of each term, so that one running sum is enough for both orders.
 ``vector``, ``coarse`` and ``element2`` need a number for each row; ``element1`` and ``mixed`` need
 one for each entry, the size of the layer in float32, because of the absolute value: they are meant
-for gradients that come layer by layer (see `lit_prune.layer_gradients`), where only one layer's
+for gradients that come layer by layer (see `lit_prune.gradients.layerwise`), where only one layer's
 sums are alive at a time.
 """
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lit_prune.ranking import Scores
+from lit_prune.allocation.ranking import Scores
 from lit_prune.structure.coupling import ROLES
 
 Rows = Mapping[str, Tensor]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lit_prune.statistics import InputStatistics
+from lit_prune.calibration.statistics import InputStatistics
 
 
 def column_scores(weight: Tensor, norms: Tensor) -> Tensor:

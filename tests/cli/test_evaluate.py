@@ -17,7 +17,7 @@ from lit_prune.data.sources import read_source
 from lit_prune.errors import UserError
 from lit_prune.evaluation import measuring
 from lit_prune.evaluation.texts import text_perplexity
-from lit_prune.pretrained import load_tokenizer
+from lit_prune.loading.pretrained import load_tokenizer
 from tests.cli.conftest import Workspace
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lit_prune.export import export_checkpoint, load_pruned
-from lit_prune.recovery import attach_lora, has_lora, merge_lora, quantize_base
+from lit_prune.recovery.lora import attach_lora, has_lora, merge_lora, quantize_base
 from lit_prune.structure import Layout, Structure, cut, settle
 from tests.export.cutters import ids, logits
 from tests.structure.layouts import varied

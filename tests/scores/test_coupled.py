@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_prune.gradients import weight_gradients
+from lit_prune.gradients.folded import weight_gradients
+from lit_prune.methods.unshared import unshared
 from lit_prune.scores import coupled
 from lit_prune.scores.coupled import Products, component_scores, head_scores
 from lit_prune.structure import Structure
 from lit_prune.structure.coupling import view
-from lit_prune.unshared import unshared
 from tests import literal_coupled
 from tests.structure.tiny import tiny_model
 

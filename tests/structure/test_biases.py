@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_prune.errors import UserError
 from lit_prune.export import export_checkpoint, load_pruned
-from lit_prune.recovery import attach_lora, merge_lora
+from lit_prune.recovery.lora import attach_lora, merge_lora
 from lit_prune.structure import LayerUnits, Layout, Structure, cut, settle
 from lit_prune.structure.biases import add_bias, add_biases, biased
 from lit_prune.structure.counting import count, count_actual, unique_labels

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_prune.allocation import axes_of
+from lit_prune.allocation.plan import axes_of
 from lit_prune.structure import Layout, Structure, cut
 from lit_prune.structure.counting import unique_labels
 from lit_prune.structure.coupling import ROLES, Part, blocks, names_of, parts, per_unit, view

@@ -1,0 +1,1 @@
+"""Calibration tokens, and what is measured of a model on them."""

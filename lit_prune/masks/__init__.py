@@ -1,0 +1,1 @@
+"""Masks that are learned while the weights are frozen."""

@@ -1,0 +1,1 @@
+"""Training what is left: adapters, teachers and their losses."""

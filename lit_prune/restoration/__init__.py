@@ -1,0 +1,1 @@
+"""What makes up for a cut, without training."""
