@@ -25,8 +25,8 @@ from lit_prune.export.describe import card_of
 from lit_prune.restoration.unit_scales import unit_scales
 from lit_prune.scores import column_scores
 from lit_prune.structure import cut
+from tests.faults.test_fits import fit
 from tests.structure.tiny import tiny_model
-from tests.test_faults_fits import fit
 from tests.tiny_fit import make_data, make_tokenizer, make_trainer, save_model, token_ids, uneven
 
 

@@ -182,7 +182,7 @@ def test_tensors_in_memory_do_not_grow_with_depth(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_resident_memory_stays_flat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
     rows = importlib.import_module("bench_streaming").table("FASPPruning", (8, 32))
     assert rows[1]["streaming"] <= 1.1 * rows[0]["streaming"]
     assert rows[1]["memory"] >= 2 * rows[0]["memory"]

@@ -40,7 +40,7 @@ streamed(sys.argv[1], Dies(**SMALL), Path(sys.argv[2]))
 
 def test_killed_half_way(tmp_path: Path) -> None:
     source, out = save_model(tmp_path / "model"), tmp_path / "x" / "out"
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", _KILLED, source, str(out)],
         env={**os.environ, "PYTHONPATH": root},

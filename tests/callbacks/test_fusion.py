@@ -14,10 +14,10 @@ from lit_prune.errors import UserError
 from lit_prune.methods.taylor import taylor_scores
 from lit_prune.scores.fusion import fuse
 from lit_prune.structure import Structure
+from tests.callbacks.test_taylor import Labelled
 from tests.fasp_ranks import trainer_of
+from tests.methods.test_taylor import lowest, planted
 from tests.structure.tiny import tiny_model
-from tests.test_callbacks_taylor import Labelled
-from tests.test_taylor import lowest, planted
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 OPTIONS: Any = {"samples": 4, "length": 16, "restoration": "none"}

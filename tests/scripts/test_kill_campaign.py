@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-_SCRIPT = Path(__file__).parents[1] / "scripts" / "kill_campaign.py"
+_SCRIPT = Path(__file__).parents[2] / "scripts" / "kill_campaign.py"
 
 
 @pytest.mark.slow

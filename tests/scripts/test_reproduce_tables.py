@@ -13,7 +13,7 @@ import pytest
 
 from lit_prune.evaluation.texts import NAMED
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 MODEL = "embedded:smollm2-135m-instruct"
 _MODULES = ("paper_tables", "paper_jobs")
 _COLUMNS = (

@@ -19,7 +19,7 @@ from lit_prune import callbacks
 from lit_prune.pruning import PruningCallback
 from tests.tiny_fit import save_model, write_text
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture

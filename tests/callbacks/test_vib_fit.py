@@ -220,7 +220,7 @@ def test_the_defaults_are_the_papers(tmp_path: Path) -> None:
 def test_two_processes_train_the_same_masks_with_other_noise(tmp_path: Path) -> None:
     save_model(tmp_path / "dense", "llama")
     write_text(tmp_path)
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     command = [sys.executable, str(root / "tests" / "vib_ranks.py"), str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.calibration.stream import Stream
+from tests.calibration.test_calibration import Batch, batches, literal, setup
 from tests.structure.tiny import FAMILIES
-from tests.test_calibration import Batch, batches, literal, setup
 
 
 def rows_of(batch: Batch, x: Tensor) -> Tensor:

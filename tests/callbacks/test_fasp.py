@@ -167,7 +167,7 @@ def test_data_without_calibration_windows_is_refused() -> None:
 @pytest.mark.parametrize("samples", [6, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_processes_choose_the_units_of_one(tmp_path: Path, samples: int) -> None:
     """Three batches for two processes, and one, so that a process has none."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     command = [sys.executable, str(root / "tests" / "fasp_ranks.py"), str(tmp_path), str(samples)]
     environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

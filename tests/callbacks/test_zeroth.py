@@ -266,7 +266,7 @@ def test_two_shares_score_as_the_whole(options: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_two_processes_choose_the_units_of_one(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     command = [sys.executable, str(root / "tests" / "zeroth_ranks.py"), str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

@@ -118,7 +118,7 @@ def _processes(folder: Path, strategy: str) -> None:
 
     prepare(folder)
     write_text(folder)
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "tests.task_ranks", str(folder), strategy, "2"]
     done = subprocess.run(
         command,
@@ -195,7 +195,7 @@ def test_a_process_waits_for_a_slow_one(tmp_path: Path) -> None:
             assert found == [{"of": 0}, {"of": 1}], found
         """
     command = [sys.executable, "-c", code, str(tmp_path / "store")]
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     options: Any = {"stderr": subprocess.PIPE, "text": True, "cwd": root}
     ranks = [subprocess.Popen([*command, str(rank)], **options) for rank in range(2)]
     for rank in ranks:

@@ -155,7 +155,7 @@ def test_a_process_may_have_nothing_to_measure(tmp_path: Path):
 def test_two_processes_do_what_one_does(tmp_path: Path):
     save_model(tmp_path / "dense")
     write_text(tmp_path)
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     command = [sys.executable, str(root / "tests" / "two_ranks.py"), str(tmp_path), "2"]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(

@@ -15,16 +15,16 @@ from lit_prune.cutting import decision
 from lit_prune.cutting.layerwise import Ranks, Restoration, unit_scores
 from lit_prune.structure import LayerUnits, Layout, Structure, cut
 from lit_prune.structure.counting import unique_labels
-from tests.literal_fasp import columns, restored
-from tests.structure.layouts import cuttable, varied
-from tests.structure.tiny import FAMILIES, tiny_model
-from tests.test_layerwise_parts import (
+from tests.cutting.test_layerwise_parts import (
     at_their_mean,
     batches,
     gone_columns,
     inputs_of,
     logits,
 )
+from tests.literal_fasp import columns, restored
+from tests.structure.layouts import cuttable, varied
+from tests.structure.tiny import FAMILIES, tiny_model
 
 
 def calibration_of(model: Any, axes: tuple[str, ...], **options: Any) -> Calibration:

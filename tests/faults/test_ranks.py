@@ -18,7 +18,7 @@ from tests.tiny_fit import write_text
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process ended with."""
-    folder, root = tmp_path_factory.mktemp("ranks"), Path(__file__).resolve().parent.parent
+    folder, root = tmp_path_factory.mktemp("ranks"), Path(__file__).resolve().parents[2]
     write_text(folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

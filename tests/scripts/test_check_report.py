@@ -12,7 +12,7 @@ import pytest
 from lit_prune.reporting.html import render
 from tests.reporting.made import full_report
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "check_report.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "check_report.py"
 
 
 def check(*arguments: object) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 MODEL = "embedded:smollm2-135m-instruct"
 _MODULES = ("paper_tables", "paper_jobs", "paper_runs", "reproduce")
 

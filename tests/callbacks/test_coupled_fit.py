@@ -73,7 +73,7 @@ def test_a_fit_that_ends_before_the_last_iteration_is_refused(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_two_processes_choose_the_units_of_one(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     command = [sys.executable, str(root / "tests" / "coupled_ranks.py"), str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
