@@ -20,7 +20,7 @@ OFTEN = 3
 
 
 def with_unknown(texts: list[str], often: int = OFTEN) -> list[str]:
-    """The texts with `<unk>` in place of words that occur less than `often` times in all of them."""
+    """The texts with `<unk>` for words that occur less than `often` times in all of them."""
     counts = Counter(word for text in texts for word in text.split())
     rare = {word for word, count in counts.items() if count < often}
     return [re.sub(r"\S+", lambda m: "<unk>" if m[0] in rare else m[0], t) for t in texts]
