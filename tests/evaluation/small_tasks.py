@@ -150,3 +150,10 @@ def subjects(number: int, seed: int = 0) -> list[dict[str, Any]]:
     """Records of a subject of MMLU."""
     draw = random.Random(seed)
     return [_mmlu(draw, index) for index in range(number)]
+
+
+def evaluate(model: Any, names: Any, folder: Path, **options: Any) -> dict[str, Any]:
+    """Evaluate tasks on the data of a folder, quietly."""
+    from lit_prune.evaluation.tasks import evaluate_tasks
+
+    return evaluate_tasks(model, make_tokenizer(), names, data=folder, progress=False, **options)
