@@ -20,14 +20,7 @@ from lit_prune.module import PrunableLM
 from tests.cli.conftest import Workspace, snapshot
 from tests.tiny_fit import logits
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def files(folder: Path) -> dict[str, bytes]:

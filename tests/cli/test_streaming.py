@@ -13,14 +13,7 @@ from lit_prune import load_pruned
 from lit_prune.cli.front import main
 from tests.cli.conftest import Workspace
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
