@@ -128,7 +128,7 @@ def table(data: Path, out: Path, judge: str) -> str:
             columns += [_ratio(found, cell) for cell in (*asked, recovered(name, percent))]
             if percent == 50 and best and name not in best:
                 columns[-1] = ""
-        lines.append(_row([*columns, *_costs(found[Cell(name, 20, "own")])]))
+        lines.append(_row([*columns, *_costs(found, name)]))
     return "\n".join([*lines, "", *_claims(found), "", *_options(found), *_reached(found)])
 
 
@@ -144,11 +144,14 @@ def _ratio(found: Found, cell: Cell) -> str:
     return f"{ratio:.3f}" if ratio < 100 else f"{ratio:.0f}"
 
 
-def _costs(result: dict[str, Any] | None) -> list[str]:
-    if result is None:
+def _costs(found: Found, name: str) -> list[str]:
+    """The least seconds and memory of the seeds that were run at 20 %, and the share removed."""
+    results = [found.get(Cell(name, 20, "own", seed)) for seed in CLAIM_SEEDS]
+    run = [result for result in results if result is not None]
+    if not run:
         return ["not run"] * 3
-    share = f"{100 * result['sparsity']['decoder']:.2f} %"
-    return [f"{result['seconds']:.0f}", f"{result['peak_mib']:.0f}", share]
+    seconds, peak = (min(result[key] for result in run) for key in ("seconds", "peak_mib"))
+    return [f"{seconds:.1f}", f"{peak:.0f}", f"{100 * run[0]['sparsity']['decoder']:.2f} %"]
 
 
 def _claims(found: Found) -> list[str]:
