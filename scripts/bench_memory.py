@@ -78,7 +78,7 @@ def main() -> None:
     """Measure all parts, or the one that is named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, required=True, help="folder with text/")
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--part", help="only this, in this process")
     given = parser.parse_args()
     if given.part:
