@@ -63,10 +63,12 @@ METHODS: dict[str, Method] = {
     "taylor-mixed": Method("TaylorPruning", {"estimate": "mixed", **ENDS}),
     "fasp": Method("FASPPruning", claims=("wanda-sp", "flap")),
     "fisher": Method("FisherPruning"),
+    "fisher-iterated": Method("FisherPruning", {"iterations": 3}),
     "cce": Method("CoupledComponentPruning", claims=("random", "magnitude-l2")),
     "fusion": Method(
         "AdaptiveFusionPruning",
         {"fisher_scale": "tokens", "mixing": "normalised"},
+        own="unit_scales",
         claims=("fusion-vector", "fusion-element1", "fusion-element2", "fusion-mixed"),
     ),
     "vib": Method(
