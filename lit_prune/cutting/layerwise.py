@@ -14,8 +14,8 @@ from lit_prune.allocation.plan import Plan, keep_highest
 from lit_prune.calibration.statistics import InputStatistics, require_finite
 from lit_prune.calibration.stream import Stream
 from lit_prune.cutting.wholeness import changing
-from lit_prune.modes import evaluating
-from lit_prune.restoration.least_squares import exact_products, least_squares
+from lit_prune.modes import evaluating, exact_products
+from lit_prune.restoration.least_squares import least_squares
 from lit_prune.restoration.tuning import DenseTargets
 from lit_prune.structure.biases import add_bias
 from lit_prune.structure.cut import cut_layer

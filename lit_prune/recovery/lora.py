@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.errors import UserError
+from lit_prune.modes import exact_products
 from lit_prune.recovery.quantized import Precision, QuantizedLinear
 
 #: peft's name for the adapter of a model, and what it puts before its modules' paths.
@@ -186,7 +187,7 @@ def _add_update(weight: nn.Parameter, layer: LoraLayer, transposed: bool) -> Non
     """W <- W + s B A in at least float32, also where the caller runs under autocast."""
     down, up = _factors(layer)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    with torch.autocast(weight.device.type, enabled=False):
+    with torch.autocast(weight.device.type, enabled=False), exact_products(dtype):
         update = layer.scaling[NAME] * (up.to(dtype) @ down.to(dtype))
         weight.copy_(weight.to(dtype) + (update.T if transposed else update))
 

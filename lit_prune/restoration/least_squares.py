@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lit_prune.errors import UserError
+from lit_prune.modes import exact_products
 from lit_prune.notes import note
 
 #: How often the ridge is raised tenfold before a Gram matrix is given up.
 _ATTEMPTS = 6
-
-
-@contextmanager
-def exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Keep float32 products exact, whatever precision the process has set for training.
-
-    Those of bfloat16 values may run on bfloat16 hardware: the values are exact in it and sums stay
-    in float32, so that nothing is lost.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class Gram:

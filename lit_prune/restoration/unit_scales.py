@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.errors import UserError
-from lit_prune.restoration.least_squares import exact_products
+from lit_prune.modes import exact_products
 
 #: A scale beyond this ends the tuning.
 LIMIT = 10.0
