@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.calibration.stream import See, Stream
+from lit_prune.modes import exact_products
 from lit_prune.notes import note
-from lit_prune.restoration.least_squares import Gram, exact_products
+from lit_prune.restoration.least_squares import Gram
 from lit_prune.restoration.unit_scales import LIMIT, unit_scales
 from lit_prune.structure.model import Structure
 
@@ -64,17 +65,21 @@ class DenseTargets:
         self.dense.advance(layer, outputs=see)
         self._outputs = {name: _joined(kept.pop(name)) for name in self._readers}
         self._drift = before - _states(stream)
-        self._direct = not len(self.dense) or self._adds_up(before)
+        self._direct = self._adds_up(before)
         if not self._direct:
             self._drift = torch.zeros_like(before)
 
     def _adds_up(self, before: Tensor) -> bool:
-        """Whether both blocks' outputs go straight into the stream; the first batch tells."""
-        after = self.dense.states(0).float()
-        first = slice(len(after))
-        outputs = [self._outputs[name][first].float() for name in ("attention", "ffn")]
-        added, step = sum(outputs), after - before[first].float()
-        return bool((added - step).norm() <= 0.2 * step.norm())
+        """Whether both blocks' outputs go straight into the stream; first batches tell."""
+        squares = torch.zeros(2, device=before.device)
+        if len(self.dense):
+            after = self.dense.states(0).float()
+            first = slice(len(after))
+            outputs = [self._outputs[name][first].float() for name in ("attention", "ffn")]
+            added, step = sum(outputs), after - before[first].float()
+            squares = torch.stack([(added - step).square().sum(), step.square().sum()])
+        apart, size = self.reduce(squares).sqrt().tolist()
+        return apart <= 0.2 * size
 
     def watch(
         self, stream: Stream, reader: nn.Module, see: See
