@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_prune.errors import UserError
@@ -61,12 +62,21 @@ class LoRARecovery(Callback):
             "adapter": adapter,
         }
         self._start: float | None = None
+        self._first_step: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Refuse a module whose model can't have adapters."""
         if stage == "fit":
             require(pl_module, self)
             pl_module.resumed = False  # by an earlier fit; loading a checkpoint comes later
+            self._first_step = None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: Any) -> None:
+        """Leave out the optimizers of a fit that had no adapters yet: theirs begin anew."""
+        ahead = any(not found.get("finished", True) for found in checkpoint["callbacks"].values())
+        if trainer.state.fn == TrainerFn.FITTING and pl_module.phase == "pruned" and not ahead:
+            checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
+            self._first_step = checkpoint["global_step"]
 
     def on_before_cut(self, trainer: Trainer, pl_module: Any) -> None:
         """Refuse options that would fail only after a long pruning."""
@@ -84,7 +94,8 @@ class LoRARecovery(Callback):
             raise UserError("expected a model to train, got a finished one; make a new module")
         if pl_module.resumed and pl_module.phase == "recovery":
             self._tell_of_changes(pl_module)
-        self._attach(trainer, pl_module)
+        if self._attach(trainer, pl_module) and self._first_step is not None:
+            pl_module.first_step = self._first_step  # which the trainer learns later
 
     def _tell_of_changes(self, pl_module: Any) -> None:
         if self.options["adapter"] is None:  # else the shape is that of the saved one

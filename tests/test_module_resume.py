@@ -209,6 +209,31 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, phase: str):
             run(tmp_path / f"run{number}", other, ckpt_path=checkpoint(tmp_path / "run", 1))
 
 
+def test_adapters_may_come_with_a_resumed_fit(tmp_path: Path):
+    """A fit that ends with its cut after two steps, and goes on with adapters, is one in one go."""
+    source, found = save_model(tmp_path / "dense"), []
+
+    def fit(name: str, steps: int, *more: Any, ckpt_path: str | None = None) -> None:
+        module, watch = load(source, schedule="constant"), Watch()
+        callbacks = [fasp(start=2), *more, watch]
+        run(tmp_path / name, module, *callbacks, max_steps=steps, ckpt_path=ckpt_path)
+        found.append((parameters(module.model), module.first_step, watch.rates[-3:]))
+
+    fit("whole", 5, LoRARecovery(rank=2))
+    fit("cut", 2)
+    path = checkpoint(tmp_path / "cut", 2)
+    fit("cut", 5, LoRARecovery(rank=2), ckpt_path=path)
+    assert_same(found[0], found[2])
+
+
+def test_a_checkpoint_of_adapters_on_a_dense_model_is_not_pruned(tmp_path: Path):
+    source = save_model(tmp_path / "dense")
+    run(tmp_path / "run", load(source), LoRARecovery(rank=2), max_steps=1)
+    path, callbacks = checkpoint(tmp_path / "run", 1), [fasp(), LoRARecovery(rank=2)]
+    with pytest.raises(UserError, match="expected a dense model to prune, got one in phase 'reco"):
+        run(tmp_path / "again", load(source), *callbacks, max_steps=2, ckpt_path=path)
+
+
 def test_a_checkpoint_of_another_kind_of_module_is_refused(tmp_path: Path):
     source = save_model(tmp_path / "dense")
     run(tmp_path / "run", load(source), max_steps=1)

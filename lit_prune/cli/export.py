@@ -62,6 +62,7 @@ def export_run(
     if pretrained is not None:
         changes["pretrained"] = pretrained
     module, steps = restore(folder, say, **changes)
+    steps -= module.first_step  # before the last cut
     if module.phase == "dense":
         raise UserError(
             f"expected a run whose model is pruned, got {run}, stopped before the cut; go on with "

@@ -165,10 +165,11 @@ class CuttingCallback(RemembersOptions, Callback):
             UserError: The fit is too short, or the module was cut by another.
         """
         if not self.original and pl_module.phase != "dense":
-            if not pl_module.resumed:
+            if not pl_module.resumed or not pl_module.history:
                 raise UserError(
                     f"expected a dense model to prune, got one in phase {pl_module.phase!r}; list "
-                    f"{type(self).__name__} before LoRARecovery, and give each fit a new module"
+                    f"{type(self).__name__} before LoRARecovery, give each fit a new module, and "
+                    "go on from a checkpoint of a fit that pruned"
                 )
             self.finished = True
         pl_module.pruning_ahead = not self.finished
@@ -205,10 +206,11 @@ class CuttingCallback(RemembersOptions, Callback):
         if not self.finished:  # Lightning leaves out `on_train_end` then
             raise self._too_short(trainer.global_step)
 
-    def _too_short(self, steps: int) -> UserError:
+    def _too_short(self, steps: int, also: str = "") -> UserError:
         return UserError(
             f"expected a fit of at least {self.last_step} steps, after which {self.method} makes "
-            f"its last cut, got {steps}; raise trainer.max_steps, or what else ends it sooner"
+            f"its last cut, got {steps}; raise trainer.max_steps, or what else ends it "
+            f"sooner{also}"
         )
 
     def _cut_if_due(self, trainer: Trainer, pl_module: Any) -> None:

@@ -191,6 +191,21 @@ def test_recovery_after_no_recovery_is_recovery(workspace: Workspace, here: Path
     check_report(here / "run", ("dense", "pruned", "recovered"))
 
 
+def test_recovery_goes_on_from_a_run_that_trained_before_its_cut(
+    workspace: Workspace, here: Path
+) -> None:
+    assert fit(workspace, here, "--no-recovery", fasppruning={"start": 2}) == 0
+    check_report(here / "run", ("dense", "pruned"))
+    assert main(["export", "run", "--out", "apart/pruned"]) == 0
+    for name in ("README.md", "model.safetensors"):  # the card has the report's figures
+        exported, own = (here / place / name for place in ("apart/pruned", "run/pruned"))
+        assert exported.read_bytes() == own.read_bytes()
+    more = ["--ckpt_path", "last", "--trainer.max_steps", "4"]
+    assert fit(workspace, here, *more, fasppruning={"start": 2}) == 0
+    report = check_report(here / "run", ("dense", "pruned", "recovered"))
+    assert report["protocol"]["recovery_steps"] == 2
+
+
 def test_a_second_run_is_refused_replaced_or_resumed(
     workspace: Workspace, here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
