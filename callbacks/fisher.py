@@ -12,7 +12,7 @@ from lit_prune.pruning import Allocation, PruningCallback
 
 
 class FisherPruning(PruningCallback):
-    """Prunes the units with the least Fisher information of gates on them, per parameter.
+    """Prunes the units with the least Fisher information of gates on them, globally per parameter.
 
     It takes one backward pass for activations; weights get no gradient.
 
@@ -45,7 +45,7 @@ class FisherPruning(PruningCallback):
         )
 
     def score(self, calibration: Calibration) -> Scores:
-        """Fisher information of each unit, per parameter.
+        """Fisher information of each unit.
 
         Args:
             calibration: The model and its calibration tokens.

@@ -35,6 +35,7 @@ class FLAPPruning(PruningCallback):
     method = "FLAP"
     by_layer = True
     dense_means = True
+    standardised = True
 
     def __init__(
         self,

@@ -57,8 +57,8 @@ class PruningCallback(CuttingCallback):
             heads or ``value`` channels (the same number from each group); some methods cut
             ``hidden``, the residual stream's features.
         allocation: ``uniform`` takes the same share of every layer, ``global`` the lowest scores
-            of the whole model, ``sensitivity`` more from layers whose loss rises less when they
-            alone are cut.
+            of the whole model (where heads and channels go: per parameter), ``sensitivity`` more
+            from layers whose loss rises less when they alone are cut.
         restoration: What makes up for what goes: ``none``, ``least_squares`` on the kept columns,
             ``bias`` for the removed ones' mean output, or ``unit_scales`` on what stays of the
             blocks that are cut.
@@ -91,6 +91,9 @@ class PruningCallback(CuttingCallback):
     looks_at: Literal["batches", "data", "nothing"] = "batches"
     #: Whether the ``bias`` restoration takes means of the dense model, not of the pruned one.
     dense_means: ClassVar[bool] = False
+    #: Whether scores of heads and channels compare as they are, and may be below 0; else the
+    #: ``global`` allocation compares scores per parameter.
+    standardised: ClassVar[bool] = False
     #: Whether scores are natural logarithms of what reports show.
     logarithms: ClassVar[bool] = False
 

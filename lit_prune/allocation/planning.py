@@ -56,7 +56,15 @@ def planned_by(
         target: Share of the present decoder's parameters to remove.
     """
     widths, whole = calibration.structure.widths, callback.protected_layers
-    plan = ranked(scores, calibration.labels, widths, target, callback.axes, protected=whole)
+    plan = ranked(
+        scores,
+        calibration.labels,
+        widths,
+        target,
+        callback.axes,
+        protected=whole,
+        per_parameter=not callback.standardised,
+    )
     return _aligned(callback, calibration, plan)
 
 

@@ -26,22 +26,25 @@ def ranked(
     axes: Sequence[str],
     *,
     protected: Sequence[int] = (),
+    per_parameter: bool = False,
 ) -> Plan:
     """Remove the lowest scores of the whole model until a target is met.
 
-    A unit that would overshoot the target by more than it brings it closer is passed by, with all
-    of its layer and axis that score higher; smaller units behind it make up the rest.
+    A unit that would overshoot the target by more than it brings it closer, or by too much, is
+    passed by, with all of its layer and axis that score higher; smaller ones make up the rest.
 
     One unit of each axis stays in every layer. Where every group of a layer must lose as many, the
     lowest unit of each group goes in one step, by the mean of their scores.
 
     Args:
-        scores: Of the axes, comparable over layers and axes.
+        scores: Of the axes, comparable over layers; also over axes, unless `per_parameter`.
         labels: Labels of the model's parameters, each parameter once.
         widths: Present sizes of its axes.
         sparsity: Share of the decoder's parameters to remove, in [0, 1).
         axes: What may be cut.
         protected: Layers that stay whole.
+        per_parameter: Divide the scores of each step by the parameters that go with it. A sum over
+            a unit's entries is larger the more it has, and only so heads compare with channels.
 
     Raises:
         UserError: An axis or layer is unknown, a score is not finite, or the target is out of
@@ -53,14 +56,16 @@ def ranked(
     values, owners = [], []
     for axis in table:
         for layer, units in enumerate(axis.units):
-            values.append(_steps(scores[axis.name][layer], axis.name, layer)[:units])
+            cost = axis.costs[layer] if per_parameter else None
+            values.append(_steps(scores[axis.name][layer], axis.name, layer, cost)[:units])
             owners += [(axis, layer)] * units
     removed = {axis.name: [0] * len(widths.layers) for axis in table}
     goal, gone, passed = sparsity * total, 0, set()
     for place in torch.cat(values).argsort(stable=True).tolist():
         axis, layer = owners[place]
         cost = axis.costs[layer]
-        if (axis.name, layer) in passed or abs(gone + cost - goal) >= abs(gone - goal):
+        over = gone + cost - goal
+        if (axis.name, layer) in passed or over >= min(abs(gone - goal), TOLERANCE * total):
             passed.add((axis.name, layer))  # too large; smaller ones may still fit
             continue
         gone += cost
@@ -75,10 +80,12 @@ def ranked(
     return Plan(removed, reached)
 
 
-def _steps(scores: Tensor, axis: str, layer: int) -> Tensor:
-    """Scores of a layer in the order in which its units go, [units]."""
+def _steps(scores: Tensor, axis: str, layer: int, cost: int | None) -> Tensor:
+    """Scores of a layer in the order in which its units go, [units], perhaps per parameter."""
     _require_finite(scores, axis, layer)
     values = scores.float().sort(dim=-1).values
+    if cost is not None:
+        return (values.sum(0) if values.dim() == 2 else values) / cost
     return values.mean(0) if values.dim() == 2 else values
 
 

@@ -144,6 +144,11 @@ def _check_smoothing(callback: PruningCallback) -> None:
             "expected a method whose score comes batch by batch for smoothing, got "
             f"{callback.method}; leave out smoothing"
         )
+    if callback.standardised:
+        raise UserError(
+            "expected a method with scores of at least 0 for smoothing, which weighs them by their "
+            f"uncertainty, got {callback.method}, whose are standardised; leave out smoothing"
+        )
     if callback.scores_while_cutting:
         raise UserError(
             "expected scores before the cut for smoothing, got those of "
@@ -179,6 +184,7 @@ def reported(callback: PruningCallback) -> dict[str, Any]:
     }
     if callback.needs_data:
         found["calibration"] = f"{callback.samples} x {callback.length} tokens"
+        found["batch_size"] = callback.batch_size
     if how.kind == "least_squares":
         found |= {"ridge": how.ridge, "delta": how.delta}
     if callback.relative_to != "decoder":

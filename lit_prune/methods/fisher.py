@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.allocation.plan import axes_of
 from lit_prune.allocation.ranking import Scores
 from lit_prune.cutting.layerwise import device_of, inputs_of
 from lit_prune.gradients.folded import activation_gradients
 from lit_prune.scores.fisher import entry_fisher
-from lit_prune.structure.counting import unique_labels
 from lit_prune.structure.model import Structure
 
 
@@ -26,10 +24,7 @@ def fisher_scores(
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     track: Callable[[Any], Iterator[Any]] = iter,
 ) -> Scores:
-    """Fisher information of all entries of a unit, divided by the parameters that go with it.
-
-    Where all units cost the same the division changes nothing; with heads and channels it makes
-    them comparable, for each is then what a parameter costs.
+    """Fisher information of all entries of a unit.
 
     Args:
         model: A causal language model; its gradients, modes and `requires_grad` stay as they are.
@@ -58,12 +53,10 @@ def fisher_scores(
 
     activation_gradients(model, structure, batches, axes, fold, track=track)
     scores: Scores = {axis: [] for axis in axes}
-    for table in axes_of(unique_labels(model, structure), structure.widths, axes, ()):
-        for layer, cost in enumerate(table.costs):
-            dim = readers[layer, table.name].line.reads
-            if dim is None:
-                raise TypeError(f"expected {readers[layer, table.name].path} to read an axis")
-            total = reduce(sums[layer, table.name]).cpu()
-            units = dim.reduce(total, table.name, structure.widths.sizes(layer))
-            scores[table.name].append(units / cost)
+    for (layer, axis), site in readers.items():
+        dim = site.line.reads
+        if dim is None:
+            raise TypeError(f"expected {site.path} to read an axis")
+        total = reduce(sums[layer, axis]).cpu()
+        scores[axis].append(dim.reduce(total, axis, structure.widths.sizes(layer)))
     return scores

@@ -74,7 +74,8 @@ def greedy(
     while rows := {place: own for place, own in rows.items() if len(own[0]) > 1}:
         values = {place: sum(row[0] for row in own) / len(own) for place, own in rows.items()}
         axis, layer = place = min(values, key=values.__getitem__)
-        if abs(gone + costs[place] - target * total) >= abs(gone - target * total):
+        over = gone + costs[place] - target * total
+        if over >= min(abs(gone - target * total), TOLERANCE * total):
             del rows[place]
             continue
         for row in rows[place]:
@@ -144,6 +145,30 @@ def test_every_group_gives_as_many_query_heads_by_the_mean_of_the_lowest() -> No
     layout = kept_units(Plan({"query": [1, 1, 2]}, 0.0), scores, widths)
     kept = [unit.keep["query"].tolist() for unit in layout.layers]
     assert kept == [[[1, 2], [0, 2]], [[1, 2], [0, 2]], [[1], [0]]]
+
+
+@pytest.mark.parametrize("heads", ["group", "query"])
+def test_what_parameters_are_worth_the_same_goes_evenly(heads: str) -> None:
+    """Where each parameter scores about 1, in whatever unit it is, all axes lose the same share."""
+    widths = widths_of([{"channel": 40, "group": 6, "query": 4}] * 3)
+    total, draw = decoder(widths), torch.Generator().manual_seed(0)
+    scores: Scores = {}
+    for axis in (heads, "channel"):
+        less = widths.copy()
+        less.layers[0][axis] -= 1
+        groups = 6 if axis == "query" else 1
+        entries, size = (total - decoder(less)) / groups, widths.layers[0][axis]
+        shape = [groups, size] if groups > 1 else [size]
+        noise = [torch.rand(shape, generator=draw) for _ in widths.layers]
+        scores[axis] = [entries * (1 + 0.5 * x) for x in noise]
+    found = {}
+    for per_parameter in (False, True):
+        plan = ranked(scores, LABELS, widths, 0.4, (heads, "channel"), per_parameter=per_parameter)
+        found[per_parameter] = {
+            axis: sum(gone) / (3 * widths.layers[0][axis]) for axis, gone in plan.removed.items()
+        }
+    assert found[True][heads] == pytest.approx(found[True]["channel"], abs=0.2)
+    assert abs(found[False][heads] - found[False]["channel"]) > 0.3
 
 
 def test_what_is_too_large_is_passed_by_for_smaller_units_behind_it() -> None:

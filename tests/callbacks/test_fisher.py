@@ -40,7 +40,8 @@ def test_a_fit_prunes_what_the_functions_say() -> None:
     structure, axes = Structure.of(model), ("query", "channel")
     batches = Windows().calibration_batches(6, 24, 2)
     scores = fisher_scores(model, structure, batches, axes)
-    plan = ranked(scores, unique_labels(model, structure), structure.widths, 0.2, axes)
+    labels, widths = unique_labels(model, structure), structure.widths
+    plan = ranked(scores, labels, widths, 0.2, axes, per_parameter=True)
     layout = kept_units(plan, scores, structure.widths)
     module = fitted(tiny_model("llama"), axes=axes)
     assert module.layout.to_dict() == layout.to_dict()

@@ -39,7 +39,6 @@ SMALL: dict[str, Any] = {"axes": AXES, "samples": 10, "length": 16, "batch_size"
 METHODS: dict[str, Any] = {
     "taylor": lambda **o: TaylorPruning(allocation="global", **o),
     "fisher": FisherPruning,
-    "flap": FLAPPruning,
     "wanda": lambda **o: WandaPruning(allocation="global", **o),
 }
 
@@ -91,7 +90,8 @@ def test_a_fit_prunes_by_them(name: str) -> None:
         structure = Structure.of(model)
         whole = calibration_of(batches())
         scores = by_hand(method, batches()) if smoothing else method.score(whole)
-        plan = ranked(scores, unique_labels(model, structure), structure.widths, 0.2, AXES)
+        labels, widths = unique_labels(model, structure), structure.widths
+        plan = ranked(scores, labels, widths, 0.2, AXES, per_parameter=True)
         assert layouts[-1] == kept_units(plan, scores, structure.widths).to_dict()
     assert layouts[0] != layouts[1]
 
@@ -152,6 +152,7 @@ def test_half_precision_by_default_is_none_of_its_business() -> None:
         (ZerothOrderPruning, {"gradient_samples": 2}, "batch by batch for smoothing, got MINI-LLM"),
         (VIBPruning, {"axes": ["channel"], "multiple": 0, "steps": 1}, "for smoothing, got VIB"),
         (FASPPruning, {}, "before the cut for smoothing, got those of FASP with the uniform"),
+        (FLAPPruning, {}, "scores of at least 0 for smoothing, .* got FLAP, whose"),
         (WandaPruning, {"allocation": "sensitivity"}, "those of Wanda-sp with the sensitivity"),
     ],
 )
