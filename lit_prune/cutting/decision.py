@@ -122,8 +122,10 @@ def apply(
             readers get when the layers before them are cut.
     """
     model, structure = calibration.model, calibration.structure
-    dense = calibration.stream() if restoration.kind == "unit_scales" else None
     moments = calibration.moments if dense_means and restoration.kind == "bias" else None
+    if moments is None:  # which are those of all layers
+        layout = _drop_layers(calibration, layout)
+    dense = calibration.stream() if restoration.kind == "unit_scales" else None
     layout = narrow_stream(calibration, layout)
     if restoration.kind == "none" or moments is not None:
         units = {unit.source: unit for unit in layout.layers if unit.keep}
@@ -146,6 +148,18 @@ def apply(
         ranks=calibration.ranks,
         track=calibration.track("layers", changes=True),
     )
+
+
+def _drop_layers(calibration: Calibration, layout: Layout) -> Layout:
+    """Cut the layers that go, so that what stays is repaired without them; what is left to cut."""
+    kept = [unit.source for unit in layout.layers]
+    if kept == list(range(len(layout.of.layers))):
+        return layout
+    structure = calibration.structure
+    with torch.no_grad():
+        cut(calibration.model, structure, Layout(layout.of, None, _whole(layout)))
+    layers = tuple(LayerUnits(place, unit.keep) for place, unit in enumerate(layout.layers))
+    return Layout(structure.widths.copy(), layout.hidden, layers)
 
 
 def narrow_stream(

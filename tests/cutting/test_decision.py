@@ -246,3 +246,26 @@ def test_modes_and_gradients_stay_as_they_were() -> None:
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         assert frozen == ["transformer.wpe.weight"]
         assert all(p.is_leaf and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["none", "least_squares", "bias", "unit_scales"])
+@pytest.mark.parametrize("dense_means", [False, True])
+def test_layers_may_go_whole(kind: Any, dense_means: bool) -> None:
+    """What stays is repaired as in the model that never had the other layers."""
+    model: Any = tiny_model("llama")
+    calibration = calibration_of(model, ("channel",))
+    widths = calibration.structure.widths.copy()
+    kept = torch.arange(3, 20)
+    layers = (LayerUnits(0, {"channel": kept}), LayerUnits(2, {"channel": kept}))
+    layout, how = Layout(widths, None, layers), Restoration(kind)
+    decision.apply(calibration, layout, how, dense_means=dense_means)
+    assert [sizes["channel"] for sizes in calibration.structure.widths.layers] == [17, 17]
+    assert len(model.model.layers) == 2
+    if dense_means and kind == "bias":  # means are those of the whole model
+        return
+    other: Any = tiny_model("llama")
+    apart = calibration_of(other, ("channel",))
+    cut(other, apart.structure, Layout(widths, None, (LayerUnits(0), LayerUnits(2))))
+    same = tuple(LayerUnits(place, {"channel": kept}) for place in range(2))
+    decision.apply(apart, Layout(apart.structure.widths.copy(), None, same), how)
+    assert torch.equal(logits(model), logits(other))
