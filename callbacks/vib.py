@@ -85,6 +85,11 @@ class VIBPruning(PruningCallback):
         samples: int = 8,
         **options: Any,
     ) -> None:
+        if options.get("per_layer_ratio") is not None:
+            raise UserError(
+                "expected a sparsity, since masks decide how much each layer gives, got a "
+                "per_layer_ratio; leave it out"
+            )
         super().__init__(
             sparsity=sparsity,
             axes=axes,

@@ -92,7 +92,7 @@ def kl_weights(
     """
     depth = _LAYERS_7B if scale == "auto" else layers
     weights = {
-        "group": (512 if target > 0.6 else 256) * 1e-6,
+        "group": (512 if _above(target, 0.6) else 256) * 1e-6,
         "channel": 1e-6,
         "hidden": (2 * depth + 30) * 1e-6,
     }
@@ -110,10 +110,15 @@ def target_at(step: int, steps: int, target: float) -> float:
         steps: All steps; the rise takes 10 % of them, or 20 % for targets above 0.6.
         target: The final target.
     """
-    rise = steps * (0.2 if target > 0.6 else 0.1)
+    rise = steps * (0.2 if _above(target, 0.6) else 0.1)
     return target * min(step / rise, 1.0) if rise else target
 
 
 def default_rate(target: float) -> float:
     """The learning rate of mu and log sigma^2: 0.05, or 0.1 for targets above 0.5."""
-    return 0.1 if target > 0.5 else 0.05
+    return 0.1 if _above(target, 0.5) else 0.05
+
+
+def _above(target: float, limit: float) -> bool:
+    """Targets are counted back from parameters, and one of 0.6 is not 0.6 to the last bit."""
+    return target > limit + 1e-6

@@ -158,6 +158,7 @@ def test_gradient_checkpointing_works_while_masks_train(tmp_path: Path, name: st
             "norm_rescale to be one of masked, none, got",
         ),
         ({"sparsity": 1.0}, "a sparsity from 0 to below 1"),
+        ({"per_layer_ratio": 0.3}, "a sparsity, since masks decide"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options: Mapping[str, Any], text: str) -> None:
