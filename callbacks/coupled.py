@@ -14,17 +14,18 @@ from lit_prune.calibration.calibration import Calibration
 from lit_prune.cutting.decision import narrow_stream
 from lit_prune.errors import UserError, require_one_of, require_unused
 from lit_prune.gradients.lora import LoRA
-from lit_prune.methods.coupled import coupled_scores
+from lit_prune.methods.coupled import coupled_scores, uncoupled_scores
 from lit_prune.methods.elimination import Step, plan_course
 from lit_prune.methods.smoothing import Smoothing
 from lit_prune.prunable import Prunable
 from lit_prune.pruning import AxisName, PruningCallback
-from lit_prune.scores.random import seed_of
+from lit_prune.scores.random import random_scores, seed_of
 from lit_prune.structure import Layout
 from lit_prune.structure.counting import count, unique_labels
 from lit_prune.structure.norms import NormRescale
 
 Gradients = Literal["full", "lora"]
+Criterion = Literal["components", "random", "l2"]
 
 #: Iterations where each takes the same share; as many as the paper makes for its 20 %.
 _ITERATIONS = 3
@@ -46,6 +47,8 @@ class CoupledComponentPruning(PruningCallback):
         axes: What is cut; ``query`` stands for whole heads where no heads share keys.
         iterations: Iterations in full, instead of a `sparsity`; by default as many as that takes.
         ffn_step: Channels that go from each layer with a head; by default channels / heads.
+        criterion: What units are ranked by: coupled ``components``, or, as the baselines of the
+            paper's Table 4 on the same units, numbers at ``random`` or ``l2`` norms.
         gradients: ``full`` ones of the weights, or the paper's estimate from ``lora`` factors.
         smoothing: Multiply importance by its uncertainty over sentences, instead of the mean.
         norm_rescale: What RMS norms do when features go; see `lit_prune.structure.norms.rescale`.
@@ -64,6 +67,7 @@ class CoupledComponentPruning(PruningCallback):
         axes: Sequence[AxisName] = ("query", "channel", "hidden"),
         iterations: int | None = None,
         ffn_step: int | None = None,
+        criterion: Criterion = "components",
         gradients: Gradients = "full",
         smoothing: bool = True,
         norm_rescale: NormRescale = "calibrated",
@@ -81,8 +85,14 @@ class CoupledComponentPruning(PruningCallback):
             batch_size=batch_size,
             **options,
         )
+        require_one_of("criterion", criterion, Criterion)
         require_one_of("gradients", gradients, Gradients)
         require_one_of("norm_rescale", norm_rescale, NormRescale)
+        self.criterion: Criterion = criterion
+        if criterion != "components":
+            own = {"gradients": gradients, "smoothing": smoothing}
+            require_unused(CoupledComponentPruning, "the criterion components", **own)
+            self.looks_at = "nothing"
         self.gradients, self.smooths_sentences = gradients, smoothing
         self.norm_rescale: NormRescale = norm_rescale
         self.full_iterations, self.ffn_step = iterations, ffn_step
@@ -124,6 +134,12 @@ class CoupledComponentPruning(PruningCallback):
             return "iterations"
         return super().instead_of_sparsity(options)
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether anything looks at calibration tokens, as norms of cut features do, too."""
+        measured = "hidden" in self.axes and self.norm_rescale == "calibrated"
+        return super().needs_data or measured
+
     def prepare(self, trainer: Trainer, pl_module: Prunable) -> None:
         """Check what was asked before anything is done, and plan the iterations."""
         if all(sizes["query"] == 1 for sizes in pl_module.layout.of.layers):
@@ -145,7 +161,7 @@ class CoupledComponentPruning(PruningCallback):
             if self.full_iterations is not None:
                 self.sparsity = course.sparsity
             if 0 <= trainer.max_steps < self.last_step:
-                raise self._too_short(trainer.max_steps)
+                raise self._too_short(trainer.max_steps, "; leave out --no-recovery, if it is set")
         super().prepare(trainer, pl_module)
 
     def goal(self, pl_module: Prunable) -> float:
@@ -158,11 +174,17 @@ class CoupledComponentPruning(PruningCallback):
         return super().goal(pl_module)
 
     def score(self, calibration: Calibration) -> Scores:
-        """Score heads, channels and features by their coupled components."""
-        lora = LoRA(seed=seed_of(calibration.seed, calibration.iteration))
+        """Score heads, channels and features by their coupled components, or a baseline's."""
+        model, structure = calibration.model, calibration.structure
+        seed = seed_of(calibration.seed, calibration.iteration)
+        if self.criterion == "random":
+            return random_scores(structure.widths, calibration.axes, seed)
+        if self.criterion == "l2":
+            return uncoupled_scores(model, structure, calibration.axes)
+        lora = LoRA(seed=seed)
         return coupled_scores(
-            calibration.model,
-            calibration.structure,
+            model,
+            structure,
             calibration.batches,
             calibration.axes,
             Smoothing(self.smooths_sentences),
@@ -187,7 +209,9 @@ class CoupledComponentPruning(PruningCallback):
 
     def options(self) -> dict[str, Any]:
         """What was asked for, as plain types."""
-        own = {"gradients": self.gradients, "smoothing": self.smooths_sentences}
+        own: dict[str, Any] = {"criterion": self.criterion}
+        if self.criterion == "components":
+            own |= {"gradients": self.gradients, "smoothing": self.smooths_sentences}
         found = super().options() | own
         if self.ffn_step is not None:
             found["ffn_step"] = self.ffn_step

@@ -18,6 +18,8 @@ from lit_prune.gradients.lora import LoRA, lora_gradients
 from lit_prune.methods.smoothing import Smoothing, in_order
 from lit_prune.methods.unshared import unshared
 from lit_prune.scores.coupled import component_scores, head_scores
+from lit_prune.scores.magnitude import feature_norms, kernel_norms
+from lit_prune.structure.coupling import names_of, view
 from lit_prune.structure.layout import Widths
 from lit_prune.structure.model import Structure
 
@@ -80,6 +82,30 @@ def coupled_scores(
         smoothing.update({"components": [row]})
     (joined,) = smoothing.result()["components"]
     return _by_axis(joined, slots, axes, structure.widths)
+
+
+def uncoupled_scores(model: nn.Module, structure: Structure, axes: Sequence[str]) -> Scores:
+    """Score heads, channels and residual features by L2 norms, as if nothing were coupled.
+
+    Source: as of `lit_prune.scores.magnitude.kernel_norms`.
+
+    Args:
+        model: The model.
+        structure: Its structure.
+        axes: ``group`` or ``query``, ``channel``, ``hidden``.
+    """
+    found: Scores = {axis: [] for axis in axes}
+    for layer in range(len(structure.widths.layers)):
+        names = names_of(model, structure, layer)
+        weights = {name: model.get_parameter(name).detach() for name in names}
+        rows = view(model, structure, layer, weights)
+        for axis in axes:
+            if axis != "hidden":
+                found[axis].append(kernel_norms(rows, axis).cpu())
+                continue
+            norms = feature_norms(rows, structure.widths.shared["hidden"]).cpu()
+            found[axis] = [found[axis][0] + norms if layer else norms]
+    return found
 
 
 def _by_axis(

@@ -48,19 +48,19 @@ def random_scores(widths: Widths, axes: Sequence[str], seed: int) -> dict[str, l
 
     Args:
         widths: Sizes of the axes.
-        axes: Axes of the layers.
+        axes: Axes of the layers, or ``hidden``.
         seed: Fixes the scores; an axis has the same ones whatever others are asked for.
 
     Returns:
-        For each axis a tensor for each layer, [units], or [groups, units] for `query` and `value`;
-        float32.
+        For each axis a tensor for each layer, [units], or [groups, units] for `query` and `value`,
+        and for `hidden` one tensor [hidden]; float32.
     """
     scores = {}
     for axis in axes:
         generator = generator_for("cpu", "random", seed, axis)
         scores[axis] = [
             torch.rand(_shape(axis, sizes), generator=generator, dtype=torch.float32, device="cpu")
-            for sizes in widths.layers
+            for sizes in ([widths.shared] if axis == "hidden" else widths.layers)
         ]
     return scores
 

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from lit_prune import PrunableLM
-from lit_prune.allocation.ranking import Scores
-from lit_prune.calibration.calibration import Calibration
 from lit_prune.callbacks.coupled import CoupledComponentPruning
 from lit_prune.errors import UserError
 from lit_prune.gradients.lora import LoRA
@@ -162,22 +160,22 @@ def test_the_defaults_are_the_papers() -> None:
     assert callback.axes == ("query", "channel", "hidden")
 
 
-class AtRandom(CoupledComponentPruning):
-    def score(self, calibration: Calibration) -> Scores:
-        generator = torch.Generator().manual_seed(calibration.seed + calibration.iteration)
-        found = super().score(calibration)
-        return {k: [torch.rand(x.shape, generator=generator) for x in v] for k, v in found.items()}
-
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("axes", [ALL, ("channel",)])
 def test_planted_units_go_first(seed: int, axes: Any) -> None:
     def removed(
-        kind: Any, iterations: int
+        iterations: int, criterion: Any = "components"
     ) -> tuple[Any, list[list[int]], list[set[int]], set[int]]:
         planted = plant(seed)
         layout = fitted(
-            kind(axes=axes, iterations=iterations, ffn_step=2, seed=seed, **SMALL),
+            CoupledComponentPruning(
+                axes=axes,
+                iterations=iterations,
+                ffn_step=2,
+                criterion=criterion,
+                seed=seed,
+                **SMALL,
+            ),
             model=planted.model,
         ).layout
         channels = [set(range(24)) - set(unit.keep["channel"].tolist()) for unit in layout.layers]
@@ -188,15 +186,16 @@ def test_planted_units_go_first(seed: int, axes: Any) -> None:
         ]
         return planted, heads, channels, features
 
-    planted, _, channels, features = removed(CoupledComponentPruning, 1)
+    planted, _, channels, features = removed(1)
     assert all(found < weak for found, weak in zip(channels, planted.channels, strict=True))
     if "hidden" in axes:
         assert features < planted.features
-    _, heads, channels, _ = removed(CoupledComponentPruning, 3)
+    _, heads, channels, _ = removed(3)
     assert channels == planted.channels
     if "query" in axes:
         assert heads == planted.heads
-    assert removed(AtRandom, 3)[2] != planted.channels
+    assert removed(3, "random")[2] != planted.channels
+    assert removed(3, "l2")[2] == planted.channels  # their weights are small, too
 
 
 def test_restoration_is_left_to_the_user() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_prune.scores.magnitude import magnitude
+from lit_prune.scores.magnitude import feature_norms, kernel_norms, magnitude
 from lit_prune.structure import Structure
 from lit_prune.structure.coupling import per_unit, view
 from tests.structure.tiny import tiny_model
@@ -64,6 +64,48 @@ def test_a_unit_scores_the_norm_of_all_that_it_owns(
         values = owned(model, axis, place)
         size = sum(abs(x) for x in values) if norm == "l1" else sum(x * x for x in values) ** 0.5
         assert scores[place].item() == pytest.approx(size, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape"), [("channel", (20,)), ("group", (2,)), ("query", (2, 3))]
+)
+def test_kernels_are_rows_and_columns(axis: str, shape: Index) -> None:
+    model: Any = tiny_model("llama")
+    weights = {k: w.detach() for k, w in model.named_parameters()}
+    scores = kernel_norms(view(model, Structure.of(model), 1, weights), axis)
+    assert scores.shape == shape
+    for unit in torch.cartesian_prod(*(torch.arange(n) for n in shape)).reshape(-1, len(shape)):
+        place: Index = tuple(unit.tolist())
+        values, size = owned(model, axis, place), 0.0
+        for length, number in _kernels(axis):
+            for _ in range(number):
+                own, values = values[:length], values[length:]
+                size += sum(x * x for x in own) ** 0.5
+        assert not values
+        assert scores[place].item() == pytest.approx(size, rel=1e-5)
+
+
+def _kernels(axis: str) -> list[tuple[int, int]]:
+    """Entries and number of a unit's kernels, in the order of `owned`; rows have a bias."""
+    if axis == "channel":
+        return [(37, 2), (36, 1)]
+    return [(37, 8), (36, 8)] if axis == "query" else [(37, 24), (36, 24), (37, 16)]
+
+
+def test_a_feature_scores_what_meets_it_in_each_matrix() -> None:
+    model: Any = tiny_model("llama")
+    weights = {k: w.detach() for k, w in model.named_parameters()}
+    scores = feature_norms(view(model, Structure.of(model), 1, weights), 36)
+    layer = model.model.layers[1]
+    for feature in range(36):
+        size = 0.0
+        for module in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            size += module.weight[:, feature].norm().item()
+        size += layer.self_attn.o_proj.weight[feature].norm().item()
+        for module in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            size += module.weight[:, feature].norm().item()
+        size += layer.mlp.down_proj.weight[feature].norm().item()
+        assert scores[feature].item() == pytest.approx(size, rel=1e-5)
 
 
 def test_without_a_gate_there_are_two_structures() -> None:
