@@ -31,7 +31,7 @@ class Method:
         own: The method's own restoration, in the column without least squares.
         claims: Rows that it is said to beat.
         main: Whether it is a row of the table, or only of the claims.
-        batch: Windows of a step before the cut, a divisor of `BATCH`, which a recovery has.
+        batch: Windows of a step before the cut.
     """
 
     callback: str
@@ -46,11 +46,19 @@ def _fusion(**options: Any) -> Method:
     return Method("AdaptiveFusionPruning", options, main=False)
 
 
+def _cce(claims: tuple[str, ...] = (), **options: Any) -> Method:
+    options = {"axes": ["query", "channel", "hidden"], **options}
+    return Method("CoupledComponentPruning", options, claims=claims, main=False)
+
+
 def _mini(criterion: str) -> Method:
     return Method("ZerothOrderPruning", {"criterion": criterion, "samples": SAMPLES}, main=False)
 
 
-#: One row a method, all on FFN channels.
+_FUSION = {"fisher_scale": "tokens", "mixing": "normalised"}
+_SINGLE = ("fusion-vector", "fusion-element1", "fusion-element2", "fusion-mixed")
+
+#: One row a method, on FFN channels unless its options say otherwise.
 METHODS: dict[str, Method] = {
     "random": Method("RandomPruning"),
     "magnitude-l1": Method("MagnitudePruning", {"norm": "l1", **ENDS}),
@@ -67,9 +75,9 @@ METHODS: dict[str, Method] = {
     "cce": Method("CoupledComponentPruning", claims=("random", "magnitude-l2")),
     "fusion": Method(
         "AdaptiveFusionPruning",
-        {"fisher_scale": "tokens", "mixing": "normalised"},
+        _FUSION,
         own="unit_scales",
-        claims=("fusion-vector", "fusion-element1", "fusion-element2", "fusion-mixed"),
+        claims=_SINGLE,
     ),
     "vib": Method(
         "VIBPruning",
@@ -80,8 +88,10 @@ METHODS: dict[str, Method] = {
     "mini-llm": Method(
         "ZerothOrderPruning",
         {"samples": SAMPLES},
-        claims=("mini-llm-gradient", "mini-llm-magnitude"),
+        claims=("mini-llm-wanda", "mini-llm-gradient", "mini-llm-magnitude"),
     ),
+    # the scores alone, as those it is compared with
+    "fusion-alone": Method("AdaptiveFusionPruning", _FUSION, claims=_SINGLE, main=False),
     "fusion-vector": _fusion(estimate="vector"),
     "fusion-element1": _fusion(estimate="element1"),
     "fusion-element2": _fusion(estimate="element2"),
@@ -89,6 +99,9 @@ METHODS: dict[str, Method] = {
     "mini-llm-wanda": _mini("wanda"),
     "mini-llm-magnitude": _mini("magnitude"),
     "mini-llm-gradient": _mini("gradient"),
+    "cce-all": _cce(claims=("cce-all-random", "cce-all-l2")),
+    "cce-all-random": _cce(criterion="random"),
+    "cce-all-l2": _cce(criterion="l2"),
 }
 MAIN = [name for name, row in METHODS.items() if row.main]
 

@@ -61,59 +61,41 @@ class Meter(Callback):
         self.found = {"seconds": time.perf_counter() - self.start, "peak_mib": peak / 2**20}
 
 
-class Accumulate(Callback):
-    """Makes a step of several batches once the model is cut, so that it is cut as without recovery.
-
-    Args:
-        batches: Their number; the steps before the cut must be a multiple of it.
-    """
-
-    def __init__(self, batches: int) -> None:
-        self.batches = batches
-
-    def on_after_cut(self, trainer: Any, pl_module: Any) -> None:
-        """From the next batch on."""
-        trainer.accumulate_grad_batches = self.batches
-
-
 def measure(cell: Cell, data: Path, judge: str) -> dict[str, Any]:
     """Prune, recover if asked to, and take the perplexity."""
     seed_everything(0)
-    text, row = data / "text", METHODS.get(cell.method)
-    texts = TextDataModule(
-        str(text / "wikitext2-train-head.txt"),
-        test=str(text / "wikitext2-test.txt"),
-        length=LENGTH,
-        batch_size=BATCH if row is None else row.batch,
-        window=WINDOW,
-        validation_tokens=TOKENS,
-        seed=cell.seed,
-    )
     module = PrunableLM(MODEL, dtype=DTYPE, learning_rate=RATE)
     module.configure_model()
-    texts.tokenizer = module.tokenizer
-    result = {} if cell == DENSE else _prune(cell, module, texts)
+    result = {} if cell == DENSE else _prune(cell, module, data)
+    texts = _texts(data, cell, BATCH, module)
     loader = texts.test_dataloader() if judge == "test" else texts.val_dataloader()
     return result | {"perplexity": perplexity(module.model, loader, progress="perplexity").value}
 
 
-def _prune(cell: Cell, module: PrunableLM, texts: TextDataModule) -> dict[str, Any]:
+def _texts(data: Path, cell: Cell, batch: int, module: PrunableLM) -> TextDataModule:
+    text = data / "text"
+    texts = TextDataModule(
+        str(text / "wikitext2-train-head.txt"),
+        test=str(text / "wikitext2-test.txt"),
+        length=LENGTH,
+        batch_size=batch,
+        window=WINDOW,
+        validation_tokens=TOKENS,
+        seed=cell.seed,
+    )
+    texts.tokenizer = module.tokenizer
+    return texts
+
+
+def _prune(cell: Cell, module: PrunableLM, data: Path) -> dict[str, Any]:
+    """Prune, and recover in a fit of its own, so that all see the same data in the same order."""
     options, row = asked(cell), METHODS[cell.method]
     pruning, meter = getattr(callbacks, row.callback)(**options), Meter()
-    steps: list[Any] = [meter, pruning]
+    module.keep_teacher = cell.recovery
+    _fit(module, _texts(data, cell, row.batch, module), pruning.last_step, [meter, pruning])
     if cell.recovery:
-        steps += [callbacks.LoRARecovery(rank=RANK, alpha=2 * RANK), callbacks.Distillation()]
-        steps.append(Accumulate(BATCH // row.batch))
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=pruning.last_step + (STEPS if cell.recovery else 0),
-        callbacks=steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
-    trainer.fit(module, datamodule=texts)
+        lora = callbacks.LoRARecovery(rank=RANK, alpha=2 * RANK)
+        _fit(module, _texts(data, cell, BATCH, module), STEPS, [lora, callbacks.Distillation()])
     *_, entry = module.history
     module.finish()
     return {
@@ -123,3 +105,16 @@ def _prune(cell: Cell, module: PrunableLM, texts: TextDataModule) -> dict[str, A
         "options": entry["options"],
         "recovery_seconds": module.seconds.get("recover", 0.0),
     }
+
+
+def _fit(module: PrunableLM, texts: TextDataModule, steps: int, added: list[Any]) -> None:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=added,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, datamodule=texts)
