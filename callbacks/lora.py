@@ -73,8 +73,9 @@ class LoRARecovery(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: Any) -> None:
         """Leave out the optimizers of a fit that had no adapters yet: theirs begin anew."""
-        ahead = any(not found.get("finished", True) for found in checkpoint["callbacks"].values())
-        if trainer.state.fn == TrainerFn.FITTING and pl_module.phase == "pruned" and not ahead:
+        cutting = [state for state in checkpoint["callbacks"].values() if "made_with" in state]
+        done = pl_module.phase == "pruned" and all(state["finished"] for state in cutting)
+        if trainer.state.fn == TrainerFn.FITTING and done:
             checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
             self._first_step = checkpoint["global_step"]
 
