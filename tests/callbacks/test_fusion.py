@@ -140,6 +140,7 @@ def test_the_defaults_are_the_papers() -> None:
         "allocation": "uniform",
         "restoration": "unit_scales",
         "calibration": "50 x 128 tokens",
+        "batch_size": 1,
         "protected_layers": [],
         "estimate": "fusion",
         "mixing": "sum",

@@ -74,6 +74,7 @@ def test_the_defaults_are_llm_pruners() -> None:
         "allocation": "uniform",
         "restoration": "none",
         "calibration": "10 x 128 tokens",
+        "batch_size": 1,
         "protected_layers": [],
         "estimate": "element1",
         "reduction": "sum",

@@ -223,6 +223,7 @@ def test_options_say_what_counted() -> None:
         "allocation": "uniform",
         "restoration": "none",
         "calibration": "128 x 512 tokens",
+        "batch_size": 4,
         "protected_layers": [],
         "criterion": "fms",
         "gradient": "zeroth_order",
