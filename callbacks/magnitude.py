@@ -17,8 +17,7 @@ Norm = Literal["l1", "l2"]
 class MagnitudePruning(PruningCallback):
     """Prunes the units whose coupled weights are smallest; no calibration token is looked at.
 
-    Source: the baseline "L2" of "Structured Pruning for Large Language Models Using Coupled
-    Components Elimination and Minor Fine-tuning".
+    Source: "LLM-Pruner: On the Structural Pruning of Large Language Models", magnitude criteria.
 
     Args:
         sparsity: Share of the decoder layers' parameters to remove.

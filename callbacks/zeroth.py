@@ -36,7 +36,8 @@ Perturb = Literal["weights", "gates"]
 class ZerothOrderPruning(PruningCallback):
     """Ranks units by weights, activations and zeroth-order gradients; needs only forward passes.
 
-    Source: MINI-LLM, feature map sensitivity. Its ablations are options.
+    Source: "MINI-LLM: Memory-Efficient Structured Pruning for Large Language Models",
+    feature map sensitivity. Its ablations are options.
 
     Args:
         sparsity: Share of the decoder layers' parameters to remove.

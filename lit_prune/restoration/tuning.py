@@ -71,7 +71,7 @@ class DenseTargets:
 
     def _adds_up(self, before: Tensor) -> bool:
         """Whether both blocks' outputs go straight into the stream; first batches tell."""
-        squares = torch.zeros(2, device=before.device)
+        squares = torch.zeros(2, dtype=torch.float32, device=before.device)
         if len(self.dense):
             after = self.dense.states(0).float()
             first = slice(len(after))

@@ -22,7 +22,8 @@ def sensitivity(
     With n the norm of the entry's input, ``fms`` is |W| n |g|, ``wanda`` |W| n, ``magnitude`` |W|
     and ``gradient`` |W| |g|.
 
-    Source: MINI-LLM, feature map sensitivity, and the criteria that its ablations compare.
+    Source: "MINI-LLM: Memory-Efficient Structured Pruning for Large Language Models",
+    feature map sensitivity, and the criteria that its ablations compare.
 
     Args:
         weight: W, [rows..., inputs].
