@@ -179,23 +179,22 @@ def _table(records: Sequence[Record], path: Path) -> Any:
 
     fields = list(dict.fromkeys(field for record in records for field in record))
     full = [{field: record.get(field) for field in fields} for record in records]
-    try:
-        return Dataset.from_list(full)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError) as e:
-        failed = e
+    mixed = (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError)
 
-    def fails(number: int) -> bool:
+    def made(number: int) -> Any:
         try:
-            Dataset.from_list(full[:number])
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError):
-            return True
-        return False
+            return Dataset.from_list(full[:number])
+        except mixed as error:
+            return error
 
-    number = first_failing(len(full), fails)
+    found = made(len(full))
+    if not isinstance(found, mixed):
+        return found
+    number = first_failing(len(full), lambda number: isinstance(made(number), mixed))
     raise UserError(
         f"expected values of one kind in each field of {path}, got another in record {number}: "
-        f"{failed}"
-    ) from failed
+        f"{found}"
+    ) from found
 
 
 def first_failing(total: int, fails: Callable[[int], bool]) -> int:
