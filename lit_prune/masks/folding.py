@@ -34,12 +34,16 @@ def check_fold(model: nn.Module, structure: Structure) -> None:
 
 @torch.no_grad()
 def fold(model: nn.Module, structure: Structure, means: Units, layout: Layout) -> None:
-    """Update the weights by the masks' means, in place: what a kept unit was multiplied by.
+    """Update the weights by the masks' means, in place: what a unit was multiplied by.
 
     The means of residual features go into whatever writes the stream (embeddings, the rows and
     biases of O and down), those of groups and channels into the columns of O and down. Where the
     head is tied to the embedding, the final norm's weight and bias are divided by the means, so
     that the head reads what it read. Each is computed in float32 and rounded once.
+
+    Groups and channels that go are updated, too: a restoration is to make up for what they were
+    worth to the masked model, not for what they were worth to the dense one. Residual features
+    that go keep their weights, since a mean near 0 can't be divided by.
 
     Source: equation 6.
 
@@ -47,7 +51,7 @@ def fold(model: nn.Module, structure: Structure, means: Units, layout: Layout) -
         model: The dense model.
         structure: Its structure.
         means: mu of each unit; 1 for units without a mask.
-        layout: The units that stay; what belongs to others may keep its value.
+        layout: The units that stay.
 
     Raises:
         UserError: See `check_fold`.
@@ -56,17 +60,12 @@ def fold(model: nn.Module, structure: Structure, means: Units, layout: Layout) -
     if "hidden" in means:
         check_fold(model, structure)
         hidden = _filled(means["hidden"][0], layout.hidden)
-    kept = {unit.source: unit.keep for unit in layout.layers}
     labels = {label.name: label for label in structure.labels(model)}
     for site in structure.sites(model):
         values = {} if hidden is None else {"hidden": hidden}
         if site.layer is not None:
-            own, layer = kept.get(site.layer, {}), site.layer
-            values |= {
-                axis: _filled(means[axis][layer], own.get(axis))
-                for axis in means
-                if axis != "hidden"
-            }
+            layer = site.layer
+            values |= {axis: means[axis][layer] for axis in means if axis != "hidden"}
         factors = _factors(structure, site, values)
         for name, parameter in model.get_submodule(site.path).named_parameters(recurse=False):
             dims = labels[f"{site.path}.{name}"].dims

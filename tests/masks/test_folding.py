@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lit_prune.calibration.calibration import Calibration
+from lit_prune.cutting.decision import apply
+from lit_prune.cutting.layerwise import Restoration
 from lit_prune.errors import UserError
 from lit_prune.masks.adaptation import GATED
 from lit_prune.masks.bottleneck import Gates
@@ -94,6 +98,33 @@ def test_only_what_writes_the_stream_or_reads_a_unit_changes() -> None:
     expected = before[f"{name}.weight"] * hidden[:, None] * columns
     assert torch.allclose(model.state_dict()[f"{name}.weight"], expected, rtol=1e-6)
     assert torch.allclose(model.state_dict()[f"{name}.bias"], before[f"{name}.bias"] * hidden)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon-7b"])
+def test_groups_and_channels_that_will_go_are_updated_too(name: str) -> None:
+    model, structure, gates, layout = built(name, ("group", "channel"))
+    with attach(gates, model, structure), gates.holding(Layout.full(structure.widths)):
+        expected = logits(model)
+    fold(model, structure, gates.unpacked(gates.mu, 1.0), layout)
+    assert difference(logits(model), expected) <= 2e-5
+
+
+@pytest.mark.parametrize("kind", ["least_squares", "bias", "unit_scales"])
+def test_nothing_is_made_up_for_where_masks_let_nothing_through(kind: Any) -> None:
+    model, structure, gates, layout = built("llama", ["channel"])
+    with torch.no_grad():
+        for (axis, layer), values in gates.split(gates.mu).items():
+            kept = layout.layers[layer or 0].keep[axis]
+            values.copy_(torch.zeros_like(values).index_copy(0, kept, values[kept]))
+    fold(model, structure, gates.unpacked(gates.mu, 1.0), layout)
+    plain = copy.deepcopy(model)
+    cut(plain, Structure.of(plain), layout)
+    ids = torch.randint(3, 61, (8, 24), generator=torch.Generator().manual_seed(3))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    apply(Calibration(model, structure, [batch], ("channel",)), layout, Restoration(kind))
+    expected = dict(plain.named_parameters())
+    for key, value in model.named_parameters():
+        assert torch.allclose(value, expected[key], atol=1e-5), key
 
 
 def test_a_tied_head_is_made_up_for_in_the_final_norm() -> None:
