@@ -52,6 +52,8 @@ class VIBPruning(PruningCallback):
         steps: Optimizer steps of the mask training.
         rate: Learning rate of the masks, which falls linearly; by default 0.05, or 0.1 for
             sparsities above 0.5.
+        mean_rate: That of their means, by default the same. Where few steps ask for a high rate,
+            means with a lower one are less noisy.
         kl_scale: Factor on the weights of the KL divergence; ``auto`` gives each axis the weight
             that it has in LLaMA-7B.
         threshold: ``exact`` meets the target with one threshold on log alpha; ``zero`` keeps what
@@ -76,6 +78,7 @@ class VIBPruning(PruningCallback):
         axes: Sequence[AxisName] = GATED,
         steps: int = 1000,
         rate: float | None = None,
+        mean_rate: float | None = None,
         kl_scale: float | Literal["auto"] = "auto",
         threshold: Threshold = "exact",
         multiple: int = 128,
@@ -103,10 +106,10 @@ class VIBPruning(PruningCallback):
             **options,
         )
         self.adaptation = Adaptation(threshold, multiple, weight_update)
-        check_options(steps, rate, kl_scale, self.adaptation, norm_rescale)
+        check_options(steps, rate, mean_rate, kl_scale, self.adaptation, norm_rescale)
         if "hidden" not in self.axes:
             require_unused(VIBPruning, "the axis hidden", norm_rescale=norm_rescale)
-        self.rate, self.keep_best = rate, keep_best
+        self.rate, self.mean_rate, self.keep_best = rate, mean_rate, keep_best
         self.kl_scale: float | Literal["auto"] = kl_scale
         self.norm_rescale: GatedNorms = norm_rescale
         #: The mask training, while it lasts.
@@ -139,7 +142,9 @@ class VIBPruning(PruningCallback):
                 pl_module.model, structure, gates, objective, how, self.norm_rescale
             )
             pl_module.gates = gates
-            pl_module.optimization_of = lambda module: _optimization(gates, rate, self.start)
+            pl_module.optimization_of = lambda module: _optimization(
+                gates, rate, self.start, self.mean_rate
+            )
 
         pl_module.recut(trainer, begin)
 
@@ -287,6 +292,7 @@ class VIBPruning(PruningCallback):
         return found | {
             "steps": self.start,
             "rate": self._rate or vib.default_rate(self.sparsity),
+            "mean_rate": self.mean_rate,
             "kl_scale": self.kl_scale,
             "threshold": self.adaptation.threshold,
             "multiple": self.multiple,
@@ -306,6 +312,6 @@ def _warn_of_low(rate: float, steps: int) -> None:
         )
 
 
-def _optimization(gates: Gates, rate: float, steps: int) -> Any:
-    optimizer, schedule = mask_optimizer(gates, rate, steps)
+def _optimization(gates: Gates, rate: float, steps: int, mean_rate: float | None) -> Any:
+    optimizer, schedule = mask_optimizer(gates, rate, steps, mean_rate)
     return [optimizer], [{"scheduler": schedule, "interval": "step"}]

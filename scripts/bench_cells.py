@@ -32,6 +32,7 @@ class Method:
         claims: Rows that it is said to beat.
         main: Whether it is a row of the table, or only of the claims.
         batch: Windows of a step before the cut.
+        by_percent: Options of one sparsity alone.
     """
 
     callback: str
@@ -40,6 +41,7 @@ class Method:
     claims: tuple[str, ...] = ()
     main: bool = True
     batch: int = BATCH
+    by_percent: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 def _fusion(**options: Any) -> Method:
@@ -84,6 +86,7 @@ METHODS: dict[str, Method] = {
         {"steps": 240, "rate": 0.17, "multiple": 0, "keep_best": False},
         claims=("flap", "wanda-sp"),
         batch=1,
+        by_percent={20: {"mean_rate": 0.03}},
     ),
     "mini-llm": Method(
         "ZerothOrderPruning",
@@ -223,4 +226,5 @@ def asked(cell: Cell) -> dict[str, Any]:
         "length": LENGTH,
         "seed": cell.seed,
         **row.options,
+        **row.by_percent.get(cell.percent, {}),
     }

@@ -183,9 +183,11 @@ def _claims(found: Found) -> list[str]:
 def _options(found: Found) -> list[str]:
     """What each row was asked for beside the protocol."""
     lines = ["options:"]
-    for name in METHODS:
+    for name, row in METHODS.items():
         result = found.get(claimed(name, 20, 0)) or found.get(Cell(name, 20))
         told = "not run" if result is None else json.dumps(result["options"])
+        if row.by_percent:
+            told += f"; at one sparsity alone: {json.dumps(row.by_percent)}"
         lines.append(f"- {name}: {told}")
     return lines
 

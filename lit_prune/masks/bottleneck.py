@@ -251,21 +251,28 @@ class Objective:
         }
 
 
-def mask_optimizer(gates: Gates, rate: float, steps: int) -> tuple[Optimizer, LambdaLR]:
+def mask_optimizer(
+    gates: Gates, rate: float, steps: int, mean_rate: float | None = None
+) -> tuple[Optimizer, LambdaLR]:
     """AdamW down the loss for masks, with a linear decay, and up for multipliers, without.
 
     Args:
         gates: The gates.
-        rate: The first learning rate of mu and log sigma^2; that of the multipliers is 0.1.
+        rate: The first learning rate of log sigma^2; that of the multipliers is 0.1.
         steps: Optimizer steps of the mask training.
+        mean_rate: The first learning rate of mu; None is `rate`.
     """
     groups: list[dict[str, Any]] = [
-        {"params": [gates.mu, gates.log_variance], "lr": rate},
+        {"params": [gates.log_variance], "lr": rate},
+        {"params": [gates.mu], "lr": rate if mean_rate is None else mean_rate},
         {"params": [gates.multipliers], "lr": 0.1, "maximize": True},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0)
-    falling = [lambda step: max(1 - step / steps, 0.0), lambda step: 1.0]
-    return optimizer, LambdaLR(optimizer, falling)
+
+    def falling(step: int) -> float:
+        return max(1 - step / steps, 0.0)
+
+    return optimizer, LambdaLR(optimizer, [falling, falling, lambda step: 1.0])
 
 
 def _numbers(widths: Widths, axis: str) -> dict[int | None, int]:

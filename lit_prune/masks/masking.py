@@ -49,6 +49,7 @@ class Adaptation:
 def check_options(
     steps: int,
     rate: float | None,
+    mean_rate: float | None,
     kl_scale: float | str,
     adaptation: Adaptation,
     norm_rescale: str,
@@ -60,6 +61,8 @@ def check_options(
     """
     if steps < 1 or (rate is not None and not rate > 0):
         raise UserError(f"expected steps of at least 1 and a rate above 0, got {steps} and {rate}")
+    if mean_rate is not None and not mean_rate > 0:
+        raise UserError(f"expected a mean_rate above 0, got {mean_rate}")
     if kl_scale != "auto" and not (isinstance(kl_scale, (int, float)) and kl_scale >= 0):
         raise UserError(f"expected a kl_scale of at least 0 or auto, got {kl_scale!r}")
     if adaptation.multiple not in _MULTIPLES:

@@ -66,7 +66,7 @@ class Look(Callback):
         ("llama-tied", {}),
         ("gpt2", {"weight_update": False, "kl_scale": 10.0}),
         ("llama", {"threshold": "zero", "protected_layers": [1]}),
-        ("llama", {"axes": ["group", "channel"], "multiple": 0}),
+        ("llama", {"axes": ["group", "channel"], "multiple": 0, "mean_rate": 0.1}),
         ("llama", {"axes": ["hidden"], "norm_rescale": "none"}),
     ],
 )
@@ -84,7 +84,7 @@ def test_a_fit_does_what_the_functions_do(tmp_path: Path, name: str, how: Any) -
     counted = DecoderCount(unique_labels(model, structure), structure.widths)
     weights = vib.kl_weights(gates.units(), 3, sparsity, how.get("kl_scale", "auto"))
     objective = Objective(counted, weights, sparsity, steps)
-    optimizer, schedule = mask_optimizer(gates, rate, steps)
+    optimizer, schedule = mask_optimizer(gates, rate, steps, how.get("mean_rate"))
     norms = how.get("norm_rescale", "masked")
     with attach(gates, model, structure, norm_rescale=norms):
         for step, batch in enumerate(watch.batches):

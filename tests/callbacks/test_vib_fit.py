@@ -149,6 +149,7 @@ def test_gradient_checkpointing_works_while_masks_train(tmp_path: Path, name: st
         ({"steps": 0}, "steps of at least 1 and a rate above 0, got 0"),
         ({"rate": 0.0}, "steps of at least 1 and a rate above 0, got"),
         ({"rate": math.nan}, "steps of at least 1 and a rate above 0, got"),
+        ({"mean_rate": 0.0}, "a mean_rate above 0, got 0.0"),
         ({"kl_scale": -1.0}, "a kl_scale of at least 0 or auto, got -1"),
         ({"kl_scale": "full"}, "a kl_scale of at least 0 or auto, got 'full'"),
         ({"multiple": 7}, "a multiple out of 0, 8, 64, 128, 256, got 7"),
@@ -211,6 +212,7 @@ def test_the_defaults_are_the_papers(tmp_path: Path) -> None:
         "multiple": 128,
         "weight_update": True,
         "rate": 0.05,
+        "mean_rate": None,
         "kl_scale": "auto",
     }
     assert expected.items() <= found.items()

@@ -206,19 +206,23 @@ def test_multipliers_climb_where_the_target_is_missed(target: float, sign: int) 
 
 
 def test_the_rate_of_masks_falls_linearly_and_that_of_multipliers_stays() -> None:
-    optimizer, schedule = mask_optimizer(Gates(WIDTHS, GATED), 0.05, 10)
+    gates = Gates(WIDTHS, GATED)
+    optimizer, schedule = mask_optimizer(gates, 0.05, 10, 0.02)
+    (own,) = {g["lr"] for g in mask_optimizer(gates, 0.05, 10)[0].param_groups[:2]}
+    assert own == 0.05
     rates = []
     for _ in range(12):
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         schedule.step()
     masks = [max(0.05 * (1 - step / 10), 0) for step in range(12)]
-    assert [rate for rate, _ in rates] == pytest.approx(masks)
-    assert {rate for _, rate in rates} == {0.1}
+    assert [rate for rate, _, _ in rates] == pytest.approx(masks)
+    assert [rate for _, rate, _ in rates] == pytest.approx([0.4 * rate for rate in masks])
+    assert {rate for _, _, rate in rates} == {0.1}
     for group in optimizer.param_groups:
         assert group["weight_decay"] == 0
         assert group["betas"] == (0.9, 0.999)
-    assert [group["maximize"] for group in optimizer.param_groups] == [False, True]
+    assert [group["maximize"] for group in optimizer.param_groups] == [False, False, True]
 
 
 def test_masks_stay_float32() -> None:
