@@ -93,7 +93,7 @@ def cached(model: Any) -> list[Cached] | None:
     try:
         with evaluating(model), torch.no_grad():
             cache = model(inputs_embeds=text, use_cache=True).past_key_values
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         if not weight.is_meta:
             raise
         return None

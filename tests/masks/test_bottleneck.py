@@ -210,6 +210,9 @@ def test_the_rate_of_masks_falls_linearly_and_that_of_multipliers_stays() -> Non
     optimizer, schedule = mask_optimizer(gates, 0.05, 10, 0.02)
     (own,) = {g["lr"] for g in mask_optimizer(gates, 0.05, 10)[0].param_groups[:2]}
     assert own == 0.05
+    (variances,), (means,), _ = (group["params"] for group in optimizer.param_groups)
+    assert variances is gates.log_variance
+    assert means is gates.mu
     rates = []
     for _ in range(12):
         rates.append([group["lr"] for group in optimizer.param_groups])
