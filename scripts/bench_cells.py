@@ -58,6 +58,7 @@ def _mini(criterion: str) -> Method:
 
 
 _FUSION = {"fisher_scale": "tokens", "mixing": "normalised"}
+_BLOCKS = ["group", "channel"]
 _SINGLE = ("fusion-vector", "fusion-element1", "fusion-element2", "fusion-mixed")
 
 #: One row a method, on FFN channels unless its options say otherwise.
@@ -105,8 +106,16 @@ METHODS: dict[str, Method] = {
     "cce-all": _cce(claims=("cce-all-random", "cce-all-l2")),
     "cce-all-random": _cce(criterion="random"),
     "cce-all-l2": _cce(criterion="l2"),
+    # as their authors' tools cut
+    "flap-groups": Method("FLAPPruning", {"axes": _BLOCKS}, own="bias", main=False),
+    "taylor-element1-groups": Method(
+        "TaylorPruning", {"estimate": "element1", "axes": _BLOCKS, **ENDS}, main=False
+    ),
 }
 MAIN = [name for name, row in METHODS.items() if row.main]
+_COMPARED = {m for name, row in METHODS.items() if row.claims for m in (name, *row.claims)}
+#: Rows of the table with the method's own repair alone.
+ASIDE = [name for name in METHODS if name not in MAIN and name not in _COMPARED]
 
 
 @dataclass(frozen=True)
@@ -153,10 +162,10 @@ def cells(best: list[str]) -> list[Cell]:
             found += [Cell(name, percent, restoration) for name in MAIN]
     found += [recovered(name, 20) for name in MAIN]
     found += [recovered(name, 50) for name in best]
-    compared = {m for name, row in METHODS.items() if row.claims for m in (name, *row.claims)}
     for percent in (20, 50):
+        found += [Cell(name, percent) for name in ASIDE]
         for seed in CLAIM_SEEDS:
-            found += [claimed(m, percent, seed) for m in METHODS if m in compared]
+            found += [claimed(m, percent, seed) for m in METHODS if m in _COMPARED]
     return list(dict.fromkeys(found))
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_cells import (
+    ASIDE,
     BEST,
     CLAIM_SEEDS,
     DENSE,
@@ -130,6 +131,9 @@ def table(data: Path, out: Path, judge: str) -> str:
             if percent == 50 and best and name not in best:
                 columns[-1] = ""
         lines.append(_row([*columns, *_costs(found, name)]))
+    for name in ASIDE:
+        ratios = [_ratio(found, Cell(name, percent)) for percent in (20, 50)]
+        lines.append(_row([name, ratios[0], "", "", ratios[1], "", "", *_costs(found, name)]))
     return "\n".join([*lines, "", *_claims(found), "", *_options(found), *_reached(found)])
 
 

@@ -78,6 +78,17 @@ def test_ratios_are_to_dense_and_missing_cells_are_not_run(bench: Any, data: Pat
     ]
 
 
+def test_rows_aside_have_their_own_repair_alone(bench: Any, data: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    write(bench, out, data, bench.DENSE, 20.0)
+    write(bench, out, data, bench.Cell("flap-groups", 20), 30.0)
+    lines = bench.table(data, out, "test").splitlines()
+    (row,) = [line for line in lines if line.startswith("| flap-groups |")]
+    assert row.split(" | ")[1:] == [
+        *("1.500", "", "", "not run", "", "", "12.0", "not run", "34", "20.00 % |"),
+    ]
+
+
 def test_a_claim_needs_all_seeds(bench: Any, data: Path, tmp_path: Path):
     out = tmp_path / "out"
     write(bench, out, data, bench.DENSE, 10.0)
