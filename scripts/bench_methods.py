@@ -145,7 +145,10 @@ def _ratio(found: Found, cell: Cell) -> str:
     result, dense = found.get(cell), found[DENSE]
     if result is None or dense is None:
         return "not run"
-    ratio = result["perplexity"] / dense["perplexity"]
+    return _shown(result["perplexity"] / dense["perplexity"])
+
+
+def _shown(ratio: float) -> str:
     return f"{ratio:.3f}" if ratio < 100 else f"{ratio:.0f}"
 
 
@@ -175,7 +178,8 @@ def _claims(found: Found) -> list[str]:
         ratios = [r["perplexity"] / dense["perplexity"] for r in runs if r and dense]
         if len(ratios) < len(CLAIM_SEEDS):
             return "not run"
-        return f"{statistics.mean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        mean, least, most = map(_shown, (statistics.mean(ratios), min(ratios), max(ratios)))
+        return f"{mean} ({least} to {most})"
 
     for name, row in METHODS.items():
         for percent in (20, 50) if row.claims else ():
