@@ -107,6 +107,7 @@ METHODS: dict[str, Method] = {
     "cce-all-random": _cce(criterion="random"),
     "cce-all-l2": _cce(criterion="l2"),
     # as their authors' tools cut
+    "wanda-sp-groups": Method("WandaPruning", {"axes": _BLOCKS}, main=False),
     "flap-groups": Method("FLAPPruning", {"axes": _BLOCKS}, own="bias", main=False),
     "taylor-element1-groups": Method(
         "TaylorPruning", {"estimate": "element1", "axes": _BLOCKS, **ENDS}, main=False

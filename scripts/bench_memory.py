@@ -90,7 +90,7 @@ def main() -> None:
     for name in ("graph", "forward", *SCORED):
         command = [sys.executable, __file__, "--data", str(given.data), "--part", name]
         command += ["--batch-size", str(given.batch_size)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         total = found["rise"] + found["weights"]
         floors.setdefault(name, total)

@@ -1,7 +1,8 @@
-"""Writes the bench's texts as the tokenised WikiText-2 has them: with `<unk>` for rare words.
+"""Writes the bench's texts in the manner of the tokenised WikiText-2: `<unk>` for rare words.
 
 Many published figures of WikiText-2 belong to that text, on which perplexities and what pruning
-makes of them are lower than on the raw one. To run a bench on it::
+makes of them are lower than on the raw one. This is an imitation: words are counted over the two
+files, not over the whole training text, so that more of them are rare. To run a bench on it::
 
     python scripts/bench_texts.py --data DIR --out DIR2
     python scripts/bench_methods.py run --data DIR2 --out RESULTS

@@ -141,18 +141,39 @@ def test_rows_can_be_made(bench: Any):
             getattr(callbacks, bench.METHODS[cell.method].callback)(**cells.asked(cell))
 
 
+def test_options_of_one_sparsity_stay_with_it(bench: Any):
+    cells = sys.modules["bench_cells"]
+    assert cells.asked(bench.Cell("vib", 20))["mean_rate"] == 0.03
+    assert "mean_rate" not in cells.asked(bench.Cell("vib", 50))
+
+
+def test_names_that_are_none_are_refused(bench: Any, data: Path, tmp_path: Path):
+    with pytest.raises(SystemExit, match="got 'wandasp'"):
+        bench.run(data, tmp_path / "out", "test", "wandasp", 1.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_recovery_of_the_best_says_what_it_waits_for(
+    bench: Any, data: Path, tmp_path: Path, capsys: Any
+):
+    bench.run(data, tmp_path / "out", "test", "^vib_50.*_recovered$", 1.0)
+    assert "waits for all cells with least squares" in capsys.readouterr().err
+
+
 class Driver:
     """Stands in for git and for the process of a cell."""
 
     def __init__(self, codes: list[str]) -> None:
         self.codes = codes
         self.threads: list[str] = []
+        self.imported: list[str] = []
 
     def check_output(self, *_: Any, **__: Any) -> str:
         return self.codes.pop(0) if len(self.codes) > 1 else self.codes[0]
 
     def run(self, command: list[str], *, env: dict[str, str], **_: Any) -> Any:
         self.threads.append(env["OMP_NUM_THREADS"])
+        self.imported.append(env["PYTHONPATH"])
         return SimpleNamespace(returncode=0, stdout=json.dumps({"perplexity": 20.0}), stderr="")
 
 
@@ -167,6 +188,7 @@ def test_a_cell_is_of_one_state_of_the_code(
         bench.run(data, out, "test", "^dense$", 1.0)
         assert json.loads((out / "dense.json").read_text())["code"] == first
         assert driver.threads == ["1"]
+        assert driver.imported == [str(SCRIPTS.parent)]
         return
     with pytest.raises(SystemExit, match="1 cells failed"):
         bench.run(data, out, "test", "^dense$", 1.0)
