@@ -183,10 +183,17 @@ def named(name: str) -> Cell:
 
 
 def protocol(data: Path, judge: str) -> dict[str, Any]:
-    """What every cell of a table must share."""
+    """What every cell of a table must share.
+
+    Raises:
+        SystemExit: The folder has not the texts.
+    """
+    names = ("wikitext2-train-head.txt", "wikitext2-test.txt")
+    for name in names:
+        if not (data / "text" / name).is_file():
+            raise SystemExit(f"expected {name} in {data}/text (--data), got no file")
     digests = {
-        name: hashlib.sha256((data / "text" / name).read_bytes()).hexdigest()[:16]
-        for name in ("wikitext2-train-head.txt", "wikitext2-test.txt")
+        name: hashlib.sha256((data / "text" / name).read_bytes()).hexdigest()[:16] for name in names
     }
     return {
         "model": MODEL,

@@ -16,7 +16,7 @@ from lit_prune.evaluation.measuring import Asked, Place, device_of
 from lit_prune.evaluation.record import added, check_writable, read_record, write_record
 from lit_prune.evaluation.texts import read_text
 from lit_prune.export import read_lineage
-from lit_prune.loading.pretrained import resolve
+from lit_prune.loading.pretrained import load_config, resolve
 from lit_prune.notes import note, noting
 from lit_prune.reporting.report import versions
 
@@ -78,6 +78,8 @@ def evaluate_model(
     _check(texts, windows, tokens, tasks, options)
     with noting() as notes:
         against = _dense_of(place, dense)
+        if not resolve(place.source).local:  # perhaps a mistyped folder: told before texts are
+            load_config(place.source, trust_remote_code=trust_remote_code, token=token)
         earlier = read_record(path) if path is not None and path.is_file() else None
         if path is not None:
             check_writable(path)

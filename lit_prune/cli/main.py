@@ -42,6 +42,7 @@ _TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
 }
+_format_of_libraries = warnings.formatwarning
 _LIBRARIES = r"(torch|lightning|transformers|peft|datasets|jsonargparse|torchdata)(\.|$)"
 
 
@@ -256,13 +257,22 @@ def run(args: Sequence[str]) -> None:
 
 
 def quiet() -> None:
-    """Silence advice of the libraries that a user of this command can do nothing about."""
+    """Silence advice of the libraries that a user can do nothing about; our own is one line."""
+    warnings.formatwarning = _formatted
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
     for category in (DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
+
+
+def _formatted(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *line: Any
+) -> str:
+    if Path(filename).is_relative_to(Path(lit_prune.__file__).parent):
+        return f"lit-prune: {message}\n"
+    return _format_of_libraries(message, category, filename, lineno, *line)
 
 
 def _protocol(data: Any, role: str) -> dict[str, Any]:

@@ -93,7 +93,12 @@ class RunConfigCallback(SaveConfigCallback):
         if stage == "fit":
             # the trainer learns of its own path after this
             _require_same_start(self.config.ckpt_path, trainer.world_size)
-            super().setup(trainer, pl_module, stage)
+            if self.config.ckpt_path is None:
+                super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file of a resumed fit, now that its checkpoint was not refused."""
+        super().setup(trainer, pl_module, "fit")
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

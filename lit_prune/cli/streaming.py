@@ -75,7 +75,7 @@ class StreamingCLI(LightningCLI):
             value = self.config[name]
             if value not in (None, False):
                 raise UserError(
-                    f"expected no {name} in prune-streaming, got {value}: it makes a new folder, "
+                    f"expected prune-streaming without {name}, got {value}: it makes a new folder, "
                     "goes on from no checkpoint and never trains; leave it out"
                 )
         if self.config.stock:

@@ -133,8 +133,10 @@ class CuttingCallback(RemembersOptions, Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: Any) -> None:
         """Refuse a checkpoint that was made otherwise, if the fit is to go on from it.
 
+        Also after the last cut, where they would change nothing but what is on record of the run.
+
         Raises:
-            UserError: It is of another method, or of other options and before the last cut.
+            UserError: It is of another method, or of other options.
         """
         states = checkpoint["callbacks"]
         made_by = [found["method"] for found in states.values() if "made_with" in found]
@@ -145,14 +147,7 @@ class CuttingCallback(RemembersOptions, Callback):
                 f"expected a checkpoint of {self.method}, got one of {made_by[0]}: go on with the "
                 "callback it was made with, or start anew with --overwrite"
             )
-        state = states[self.state_key]
-        changed = differences(state["made_with"], self.made_with)
-        if changed and state["finished"]:
-            rank_zero_warn(
-                f"{self.method} had made its last cut with other options, which stay: "
-                f"{', '.join(changed)}"
-            )
-        elif changed:
+        if changed := differences(states[self.state_key]["made_with"], self.made_with):
             raise UserError(
                 f"expected a checkpoint of {self.method} with these options, got one with "
                 f"{', '.join(changed)}: set them so, or start anew with --overwrite"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from huggingface_hub import errors as hub
 
@@ -62,9 +63,10 @@ def _explained(source: str, error: BaseException) -> UserError:
             f"check the name (a private model needs --model.token true)"
         )
     if caused_by(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) or "connect to" in text:
+        here = "" if Path(source).exists() else ", nor a folder of that name"
         return UserError(
-            f"expected {source} on the hub or in its local cache, got no connection and no copy; "
-            f"check the network and HF_HUB_OFFLINE, or give a local folder"
+            f"expected {source} on the hub or in its local cache, got no connection and no copy"
+            f"{here}; check the name, the network and HF_HUB_OFFLINE, or give a local folder"
         )
     if "trust_remote_code" in text:
         return UserError(

@@ -180,7 +180,12 @@ def test_missing_files(workspace: Workspace, tmp_path: Path, refused: Check) -> 
     refused(*fit, "--data.train", "no/text.txt", words="got 'no/text.txt', which does not exist")
     refused(*fit, "--data.validation", "no.txt", words="got 'no.txt', which does not exist")
     refused(*fit, "--model.pretrained", "./no/model", words="at './no/model', got nothing there")
-    refused(*fit, "--model.pretrained", "no-such/model", words="got no connection and no copy")
+    refused(
+        *fit,
+        "--model.pretrained",
+        "no-such/model",
+        words="got no connection and no copy, nor a folder of that name",
+    )
     refused(*fit, "--model.pretrained", "no.gguf", words="expected a GGUF file at no.gguf")
     refused(*fit, "--ckpt_path", "no.ckpt", words="got no.ckpt, which does not exist")
     refused("fit", "--config", "no.yaml", words="shipped configuration (cce, fasp, ")

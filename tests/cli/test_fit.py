@@ -235,18 +235,19 @@ def test_a_second_run_is_refused_replaced_or_resumed(
     assert step["options"]["axes"] == ["group", "channel"]
 
 
-def test_a_resume_without_what_pruned_is_refused(
+def test_a_resume_with_another_pruning_is_refused_and_changes_nothing(
     workspace: Workspace, here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Nor does it write what it was asked into the run's configuration."""
     assert fit(workspace, here) == 0
     before = snapshot(here)
     capfd.readouterr()
     assert fit(workspace, here, "--ckpt_path", "last", without=["FASPPruning"]) == 2
     err = capfd.readouterr().err.splitlines()
     assert "the callback that the checkpoint was made with, FASPPruning, among" in err[-1]
-    assert {name: entry for name, entry in snapshot(here).items() if "config" not in name} == {
-        name: entry for name, entry in before.items() if "config" not in name
-    }
+    assert fit(workspace, here, "--ckpt_path", "last", fasppruning={"sparsity": 0.3}) == 2
+    assert "(here 0.3): set them so, or start anew" in capfd.readouterr().err.splitlines()[-1]
+    assert snapshot(here) == before
 
 
 def test_a_damaged_checkpoint_is_passed_over(

@@ -82,11 +82,11 @@ def test_a_single_callback_needs_no_list(workspace: Workspace, here: Path) -> No
             ["--config", "fasp", "--out", "out", "--model.pretrained", "no/model"],
             "expected a local folder with safetensors weights, got no/model",
         ),
-        (["--config", "fasp", "--out", "out", "--overwrite", "true"], "expected no overwrite in"),
-        (["--config", "fasp", "--out", "out", "--no_recovery", "true"], "expected no no_recovery"),
+        (["--config", "fasp", "--out", "out", "--overwrite", "true"], "without overwrite"),
+        (["--config", "fasp", "--out", "out", "--no_recovery", "true"], "without no_recovery"),
         (
             ["--config", "fasp", "--out", "out", "--ckpt_path", "last"],
-            "expected no ckpt_path in prune-streaming, got last",
+            "expected prune-streaming without ckpt_path, got last",
         ),
     ],
 )

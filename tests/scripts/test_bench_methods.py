@@ -153,6 +153,11 @@ def test_names_that_are_none_are_refused(bench: Any, data: Path, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+def test_texts_that_are_missing_are_named(bench: Any, tmp_path: Path):
+    with pytest.raises(SystemExit, match=r"expected wikitext2-train-head\.txt in"):
+        bench.table(tmp_path, tmp_path / "out", "test")
+
+
 def test_recovery_of_the_best_says_what_it_waits_for(
     bench: Any, data: Path, tmp_path: Path, capsys: Any
 ):
