@@ -82,7 +82,6 @@ def test_a_checkpoint_made_otherwise_is_refused(tmp_path: Path) -> None:
     for step in (1, 2):  # before the cut and after
         with pytest.raises(UserError, match=words):
             run(FASPPruning(sparsity=0.5, seed=1, **small), step=step)
-    for step in (1, 2):
         with pytest.raises(UserError, match=r"expected a checkpoint of magnitude, got one of FASP"):
             run(MagnitudePruning(**small), step=step)
 
